@@ -1,0 +1,37 @@
+"""Bayesian inverse reinforcement learning as probabilistic inference, on Pyro, PyTorch and ArviZ.
+
+People watch someone act and ask what they wanted. Many rewards explain the same behaviour, so the honest answer is a
+posterior. pirl is the vocabulary (decision problems, trajectories, their distributions, inference engines); a Pyro
+model is the sentence written with it.
+"""
+
+from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
+from pirl.fit import fit
+from pirl.mdp import TabularMDP
+from pirl.message_passing import Messages, log_partition, messages, occupancy, soft_policy
+from pirl.planning import most_likely_trajectory, optimal_policy, policy_value, stationary_distribution
+from pirl.rewards import expected_reward, linear_reward, neural_reward, tabular_reward
+from pirl.trajectories import Trajectories
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MaxCausalEntTrajectory",
+    "MaxEntTrajectory",
+    "Messages",
+    "TabularMDP",
+    "Trajectories",
+    "expected_reward",
+    "fit",
+    "linear_reward",
+    "log_partition",
+    "messages",
+    "most_likely_trajectory",
+    "neural_reward",
+    "occupancy",
+    "optimal_policy",
+    "policy_value",
+    "soft_policy",
+    "stationary_distribution",
+    "tabular_reward",
+]

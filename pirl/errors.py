@@ -1,0 +1,104 @@
+"""Every error and warning that pirl raises, by name.
+
+All errors derive from :class:`PirlError`; the command line prints them as one line and exits with status 2. Each also
+derives from the built-in class that a caller would expect (``ValueError`` for bad values, ``ImportError`` for a
+missing extra).
+"""
+
+from __future__ import annotations
+
+
+class PirlError(Exception):
+    """Base class of all errors that pirl raises on purpose."""
+
+
+class InvalidMDPError(PirlError, ValueError):
+    """The tables that describe a decision problem are inconsistent (shapes, probabilities, masks, discount)."""
+
+
+class UnboundedProblemError(InvalidMDPError):
+    """An undiscounted problem without a horizon in which some state cannot reach a terminal state."""
+
+
+class InvalidRewardError(PirlError, ValueError):
+    """A reward has the wrong shape, or is NaN or infinite."""
+
+
+class InvalidPolicyError(PirlError, ValueError):
+    """A policy has the wrong shape, or is not a distribution over the available actions."""
+
+
+class InvalidTrajectoriesError(PirlError, ValueError):
+    """Demonstrations are malformed: shapes, types, ranges or padding."""
+
+
+class ImpossibleTransitionError(InvalidTrajectoriesError):
+    """A demonstrated start or transition has probability zero under the dynamics."""
+
+
+class UnavailableActionError(InvalidTrajectoriesError):
+    """A demonstrated action is not available where it was taken."""
+
+
+class HorizonError(PirlError, ValueError):
+    """A horizon or a length is missing, or is shorter than a demonstration."""
+
+
+class DiscountError(PirlError, ValueError):
+    """The trajectory reading of exp(r) was asked for a discounted problem without saying how an episode ends."""
+
+
+class RewardTimingError(PirlError, ValueError):
+    """A reward r(s, a, s') was given to the trajectory reading, where it does not reduce to its mean."""
+
+
+class DivergenceError(PirlError, ArithmeticError):
+    """The undiscounted sum of rewards diverges: the partition function or the value is infinite."""
+
+
+class ConvergenceError(PirlError, ArithmeticError):
+    """An iterative solver did not reach its residual."""
+
+
+class NotUnichainError(PirlError, ValueError):
+    """A Markov chain has no unique stationary distribution."""
+
+
+class ModelError(PirlError, ValueError):
+    """A Pyro model cannot be used by the engine that was asked for."""
+
+
+class DiscreteLatentError(ModelError):
+    """The model has a discrete latent site, which gradient-based engines cannot sample."""
+
+
+class NonFiniteError(ModelError):
+    """The log density or its gradient is not finite where it must be; names the site."""
+
+
+class StuckChainsError(PirlError, RuntimeError):
+    """Every chain is stuck: no proposal was accepted after warm-up."""
+
+
+class OptionError(PirlError, ValueError):
+    """An option has an unknown name or a value that does not fit."""
+
+
+class PosteriorFileError(PirlError, ValueError):
+    """A file is not a posterior that pirl wrote, or it is damaged."""
+
+
+class DataError(PirlError, ValueError):
+    """A data file is missing or does not have the expected format."""
+
+
+class MissingDependencyError(PirlError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class EmptyTrajectoriesWarning(UserWarning):
+    """There are no demonstrations: the posterior is the prior."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An approximation or a chain has not converged; its numbers should not be trusted."""

@@ -1,0 +1,313 @@
+"""Plans without softness: optimal and given policies, most likely trajectories, stationary distributions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pirl.errors import ConvergenceError, DivergenceError, HorizonError, InvalidPolicyError, NotUnichainError
+from pirl.transitions import TransitionMap, scatter_max, solve_system
+
+
+class Dynamics(Protocol):
+    """What planning needs of a decision problem; :class:`pirl.TabularMDP` has it."""
+
+    @property
+    def transitions(self) -> TransitionMap: ...
+    @property
+    def log_prior(self) -> Float[Tensor, "S A"]: ...
+    @property
+    def acts(self) -> Bool[Tensor, "S A"]: ...
+    @property
+    def terminal(self) -> Bool[Tensor, " S"]: ...
+    @property
+    def initial(self) -> Float[Tensor, " S"]: ...
+    @property
+    def discount(self) -> float: ...
+    @property
+    def horizon(self) -> int | None: ...
+    def check_reward(self, reward: Tensor) -> Float[Tensor, "*batch S A"]: ...
+
+
+class OptimalPolicy(NamedTuple):
+    """A deterministic optimal plan; time (1..T) stands before S when the horizon is finite."""
+
+    policy: Tensor
+    """``[*batch, (T,) S, A]``, one-hot; ties go to the action of the lowest number."""
+    value: Tensor
+    """``[*batch, (T,) S]``."""
+    action_value: Tensor
+    """``[*batch, (T,) S, A]``; -inf where an action is not available."""
+
+
+class MostLikelyTrajectory(NamedTuple):
+    """The mode of p(tau) exp(sum r)."""
+
+    states: Int[Tensor, "*batch L1"]
+    """s_1 .. s_{L+1}; -1 after the end."""
+    actions: Int[Tensor, "*batch L"]
+    """a_1 .. a_L; -1 after the end."""
+    log_weight: Float[Tensor, "*batch"]
+    """log p(tau) + sum r of that trajectory, p(a|s) included, not divided by Z."""
+
+
+def _rows(mdp: Dynamics, reward: Tensor) -> tuple[Float[Tensor, "S A C"], torch.Size]:
+    reward = mdp.check_reward(reward)
+    return reward.reshape(-1, *reward.shape[-2:]).movedim(0, -1), reward.shape[:-2]
+
+
+def _back(x: Tensor, batch: torch.Size) -> Tensor:
+    return x.movedim(-1, 0).reshape(*batch, *x.shape[:-1])
+
+
+def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
+    """Bellman-optimal plan: backward induction (finite horizon) or policy iteration.
+
+    Args:
+        reward: r(s) or r(s,a), ``[*batch, S, A]``.
+
+    Raises:
+        DivergenceError: discount 1, and some policy collects positive reward for ever.
+    """
+    r, batch = _rows(mdp, reward)
+    allowed = mdp.log_prior.isfinite().unsqueeze(-1)
+
+    def look_ahead(value: Tensor) -> Tensor:
+        q = r + mdp.discount * mdp.transitions.expect(value).reshape(r.shape)
+        return torch.where(allowed, q, -torch.inf)
+
+    if mdp.horizon is not None:
+        values, qs = [torch.zeros_like(r[:, 0])], []
+        for _ in range(mdp.horizon):
+            qs.append(look_ahead(values[-1]))
+            values.append(qs[-1].amax(1))
+        q, value = torch.stack(qs[::-1]), torch.stack(values[:0:-1])
+        policy = torch.nn.functional.one_hot(q.argmax(2), r.shape[1]).movedim(-1, 2).to(r.dtype)
+        return OptimalPolicy(_back(policy, batch), _back(value, batch), _back(q, batch))
+    # A proper start: mixing over every allowed action reaches a terminal state from anywhere.
+    policy = (allowed / allowed.sum(1, keepdim=True)).to(r.dtype).expand_as(r)
+    scale = 64 * torch.finfo(r.dtype).eps
+    for _ in range(10 * r.shape[0] + 100):
+        value = _evaluate(mdp, policy, r)
+        if not bool(value.isfinite().all()):
+            raise DivergenceError(
+                "the undiscounted return diverges: a policy avoids every terminal state; discount, or add a horizon"
+            )
+        q = look_ahead(value)
+        # Only a real improvement changes the plan: ties broken by rounding error would cycle for ever.
+        chosen = (q * policy).nan_to_num(nan=0.0, neginf=0.0).sum(1, keepdim=True)
+        best = q.amax(1, keepdim=True)
+        better = best > chosen + scale * (1 + best.abs() / (1 - mdp.discount if mdp.discount < 1 else 1))
+        if not bool(better.any()):
+            tied = q >= best - scale * (1 + best.abs() / (1 - mdp.discount if mdp.discount < 1 else 1))
+            first = torch.nn.functional.one_hot(tied.to(torch.uint8).argmax(1), r.shape[1]).movedim(-1, 1)
+            return OptimalPolicy(_back(first.to(r.dtype), batch), _back(best.squeeze(1), batch), _back(q, batch))
+        greedy = torch.nn.functional.one_hot(q.argmax(1), r.shape[1]).movedim(-1, 1).to(r.dtype)
+        policy = torch.where(better, greedy, policy)
+    raise ConvergenceError(
+        "policy iteration did not settle; with discount 1 check that every policy reaches a terminal state"
+    )
+
+
+def _evaluate(mdp: Dynamics, policy: Float[Tensor, "S A C"], r: Float[Tensor, "S A C"]) -> Float[Tensor, "S C"]:
+    weight = mdp.discount * policy.flatten(0, 1)[mdp.transitions.row] * mdp.transitions.value.unsqueeze(-1)
+    return solve_system(mdp.transitions, weight, torch.where(policy > 0, policy * r, 0.0).sum(1))
+
+
+def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
+    """Expected return of a policy from each state: ``[*batch, S]``, or ``[*batch, T, S]`` by time when the horizon is
+    finite.
+
+    Args:
+        policy: pi(a|s) ``[*batch, S, A]``, or ``[*batch, T, S, A]`` by time (finite horizon only). At terminal states
+            it is ignored.
+        reward: r(s) or r(s,a), ``[*batch, S, A]``; batch dimensions broadcast against the policy's.
+
+    Raises:
+        InvalidPolicyError: rows that do not sum to 1, weight on actions that are not available, wrong shape.
+        DivergenceError: discount 1 and the policy never ends.
+    """
+    reward = mdp.check_reward(reward)
+    timed = mdp.horizon is not None and policy.dim() >= 3 and policy.shape[-3] == mdp.horizon
+    policy = _checked_policy(mdp, policy)
+    event = 3 if timed else 2
+    batch = torch.broadcast_shapes(reward.shape[:-2], policy.shape[:-event])
+    r = reward.expand(*batch, *reward.shape[-2:]).reshape(-1, *reward.shape[-2:]).movedim(0, -1)
+    pi = policy.expand(*batch, *policy.shape[-event:]).reshape(-1, *policy.shape[-event:]).movedim(0, -1)
+    if mdp.horizon is None:
+        value = _evaluate(mdp, pi, r)
+        if not bool(value.isfinite().all()):
+            raise DivergenceError(
+                "the undiscounted return diverges: the policy never reaches a terminal state from some state"
+            )
+        return _back(value, batch)
+    values = [torch.zeros_like(r[:, 0])]
+    for t in reversed(range(mdp.horizon)):
+        q = r + mdp.discount * mdp.transitions.expect(values[-1]).reshape(r.shape)
+        now = pi[t] if timed else pi
+        values.append(torch.where(now > 0, now * q, 0.0).sum(1))
+    return _back(torch.stack(values[:0:-1]), batch)
+
+
+def _checked_policy(mdp: Dynamics, policy: Tensor) -> Tensor:
+    states, actions = mdp.log_prior.shape
+    if policy.dim() < 2 or policy.shape[-2:] != (states, actions):
+        raise InvalidPolicyError(f"policy has shape {tuple(policy.shape)}; expected [*batch, {states}, {actions}]")
+    no_op = torch.zeros_like(policy)
+    no_op[..., 0] = 1.0
+    policy = torch.where(mdp.terminal.unsqueeze(-1), no_op, policy)
+    allowed = mdp.log_prior.isfinite()
+    total = policy.sum(-1)
+    tolerance = max(1e-8, 32 * torch.finfo(policy.dtype).eps)
+    bad = ((total - 1).abs() > tolerance) | ~((policy >= 0) & (allowed | (policy == 0))).all(-1)
+    if bool(bad.any()):
+        raise InvalidPolicyError(
+            f"policy of state {int(bad.nonzero()[0, -1])} is not a distribution over its available actions"
+        )
+    return policy
+
+
+def discounted_occupancy(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) -> Float[Tensor, "*batch S A"]:
+    """Expected discounted visits ``sum_t g^(t-1) P(s_t = s, a_t = a)`` of a stationary policy, from p(s_1); infinite
+    or finite horizon.
+
+    They sum to 1 / (1 - g) when nothing ends. The no-op of a terminal state counts once, on entry.
+    """
+    policy = _checked_policy(mdp, policy)
+    batch = policy.shape[:-2]
+    pi = policy.reshape(-1, *policy.shape[-2:]).movedim(0, -1)
+    weight = mdp.initial.unsqueeze(-1).expand(-1, pi.shape[-1])
+    if mdp.horizon is None:
+        entries = mdp.discount * pi.flatten(0, 1)[mdp.transitions.row] * mdp.transitions.value.unsqueeze(-1)
+        visits = solve_system(mdp.transitions, entries, weight, transpose=True)
+        if not bool(visits.isfinite().all()):
+            raise DivergenceError("visits are infinite: the policy never reaches a terminal state from some state")
+        return _back(visits.unsqueeze(1) * pi, batch)
+    visits = torch.zeros_like(weight)
+    for _ in range(mdp.horizon):
+        visits = visits + weight
+        weight = mdp.discount * mdp.transitions.flow((weight.unsqueeze(1) * pi).flatten(0, 1))
+    return _back(visits.unsqueeze(1) * pi, batch)
+
+
+def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | None = None) -> MostLikelyTrajectory:
+    """argmax over trajectories of p(tau) exp(sum r), by max-product message passing (Viterbi); p(a|s) counts.
+
+    With deterministic dynamics and a given start this is the plan of highest reward; with chance it also picks the
+    luck.
+
+    Args:
+        reward: r(s) or r(s,a), ``[*batch, S, A]``.
+        max_length: for an infinite horizon with absorption, the longest path followed; S by default, which is always
+            enough.
+
+    Raises:
+        HorizonError: an infinite horizon without absorption has no most likely trajectory.
+        DivergenceError: a cycle of positive weight: longer is always likelier.
+    """
+    r, batch = _rows(mdp, reward)
+    if mdp.horizon is None and not bool(mdp.terminal.any()):
+        raise HorizonError("most_likely_trajectory needs a horizon, or terminal states")
+    base = r + mdp.log_prior.unsqueeze(-1)
+    steps = mdp.horizon or max_length or r.shape[0]
+    scores, successors = _max_product(mdp, base, steps)
+    log_start = mdp.initial.log().unsqueeze(-1)
+    finite = mdp.horizon is not None
+    chains = torch.arange(r.shape[-1], device=r.device)
+    first = log_start + (scores[-1].amax(1))
+    states, actions = [first.argmax(0)], []
+    for k in range(steps, 0, -1):
+        at = k - 1 if finite else -1
+        now = states[-1]
+        over = (now < 0) | mdp.terminal[now.clamp_min(0)]
+        action = scores[at][now.clamp_min(0), :, chains].argmax(1)
+        following = successors[at][now.clamp_min(0) * r.shape[1] + action, chains]
+        actions.append(torch.where(over, -1, action))
+        states.append(torch.where(over, -1, following))
+    if not finite and bool((~mdp.terminal[states[-1].clamp_min(0)] & (states[-1] >= 0)).any()):
+        raise HorizonError(f"no terminal state was reached in max_length={steps} steps; raise it")
+    result = torch.stack(states), torch.stack(actions)
+    return MostLikelyTrajectory(_back(result[0], batch), _back(result[1], batch), first.amax(0).reshape(batch))
+
+
+def _max_product(mdp: Dynamics, base: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores max_{s'} ``[S, A, C]`` and the successors that attain them, by steps to go (or once, when stationary)."""
+    transitions, (states, actions, chains) = mdp.transitions, base.shape
+    log_value = transitions.value.log().unsqueeze(-1)
+    ended = ~mdp.acts.reshape(-1, 1)
+
+    def look_ahead(value: Tensor) -> tuple[Tensor, Tensor]:
+        entry = log_value + value[transitions.column]
+        best = scatter_max(entry, transitions.row, states * actions)
+        attained = torch.where(entry == best[transitions.row], transitions.column.unsqueeze(-1), -1)
+        index = transitions.row.unsqueeze(-1).expand_as(attained)
+        successor = torch.full((states * actions, chains), -1, device=base.device).scatter_reduce(
+            0, index, attained, "amax"
+        )
+        return base + torch.where(ended, 0.0, best).reshape(base.shape), successor
+
+    if mdp.horizon is not None:
+        value, scores, successors = torch.zeros_like(base[:, 0]), [], []
+        for _ in range(steps):
+            score, successor = look_ahead(value)
+            scores.append(score)
+            successors.append(successor)
+            value = score.amax(1)
+        return scores, successors
+    value = torch.full_like(base[:, 0], -torch.inf).masked_fill(mdp.terminal.unsqueeze(-1), 0.0)
+    for _ in range(states + 1):
+        score, successor = look_ahead(value)
+        if bool((score.amax(1) == value).all()):
+            return [score], [successor]
+        value = score.amax(1)
+    raise DivergenceError("a cycle of positive reward makes longer trajectories likelier without end; give a horizon")
+
+
+def stationary_distribution(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) -> Float[Tensor, "*batch S"]:
+    """The distribution that a policy's Markov chain keeps: d = d P_pi, by a direct solve.
+
+    It is the limit of the normalised discounted occupancy as the discount goes to 1.
+
+    Raises:
+        NotUnichainError: more than one recurrent class, or terminal states.
+    """
+    if bool(mdp.terminal.any()):
+        raise NotUnichainError(
+            "terminal states end every episode: there is no stationary distribution; use discounted_occupancy"
+        )
+    policy = _checked_policy(mdp, policy)
+    rows = policy.reshape(-1, *policy.shape[-2:])
+    states = rows.shape[1]
+    weight = rows.flatten(1)[:, mdp.transitions.row] * mdp.transitions.value
+    chain = weight.new_zeros(len(rows), states * states)
+    chain = chain.index_add(1, mdp.transitions.state * states + mdp.transitions.column, weight).reshape(
+        -1, states, states
+    )
+    for number, matrix in enumerate(chain):
+        classes = _recurrent_classes(matrix)
+        if classes != 1:
+            raise NotUnichainError(
+                f"policy {number} has {classes} recurrent classes: its long run depends on the start"
+            )
+    # One balance equation is redundant; the normalisation takes its place.
+    system = torch.eye(states, dtype=chain.dtype, device=chain.device) - chain.mT
+    system[:, -1, :] = 1.0
+    right = torch.zeros_like(system[:, :, :1])
+    right[:, -1] = 1.0
+    result = torch.linalg.solve(system, right).squeeze(-1)
+    return result.reshape(*policy.shape[:-2], states)
+
+
+def _recurrent_classes(matrix: Float[Tensor, "S S"]) -> int:
+    import numpy as np
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    support = matrix.detach().cpu().numpy() > 0
+    count, label = connected_components(csr_matrix(support), connection="strong")
+    source, target = support.nonzero()
+    leaves = np.unique(label[source[label[source] != label[target]]])
+    return count - len(leaves)

@@ -1,0 +1,414 @@
+"""`Trajectories`: demonstrations, ragged and validated, as one tensor that a Pyro model observes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from pirl.errors import (
+    EmptyTrajectoriesWarning,
+    HorizonError,
+    ImpossibleTransitionError,
+    InvalidTrajectoriesError,
+    UnavailableActionError,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+End = Literal["truncated", "terminated", "horizon"]
+
+
+class Dynamics(Protocol):
+    """What validation needs of a decision problem; :class:`pirl.TabularMDP` has it."""
+
+    @property
+    def initial(self) -> Float[Tensor, " S"]: ...
+    @property
+    def terminal(self) -> Bool[Tensor, " S"]: ...
+    @property
+    def log_prior(self) -> Float[Tensor, "S A"]: ...
+    @property
+    def horizon(self) -> int | None: ...
+    def probability(self, state: Tensor, action: Tensor, following: Tensor) -> Tensor: ...
+
+
+class Trajectories:
+    """N episodes of states and actions.
+
+    Args:
+        states: ``[N, T]``, or ``[N, T + 1]`` with the state after the last action; integers, or a list of N sequences.
+        actions: ``[N, T]`` integers, or a list of N sequences. Entries after an episode's length are ignored.
+        lengths: number of actions of each episode ``[N]``; by default up to the first negative action.
+        ends: why each episode ends, one word for all or one each. "truncated": we stopped watching (also right for
+            episodes that
+            reached a terminal state). "terminated": the last state is terminal, which is then checked. "horizon": the
+            demonstrator knew that it would end there.
+        horizons: the horizon that each demonstrator knew ``[N]``, where it differs from the length of an episode with
+            ends="horizon".
+        subjects: number of the subject that each episode belongs to ``[N]``.
+
+    Raises:
+        InvalidTrajectoriesError: shapes disagree, or entries are not whole numbers.
+
+    With no episodes at all there is nothing to learn from: a warning says so, and one blank episode (log-probability
+    0) stands in, since a Pyro plate cannot be empty.
+
+    Example:
+        >>> demos = Trajectories(states=[[0, 1, 2]], actions=[[1, 1]])
+        >>> demos.as_tensor()
+        tensor([[[ 0,  1],
+                 [ 1,  1],
+                 [ 2, -1]]])
+    """
+
+    def __init__(
+        self,
+        states: Any,
+        actions: Any,
+        lengths: Any = None,
+        *,
+        ends: End | Sequence[End] = "truncated",
+        horizons: Any = None,
+        subjects: Any = None,
+        subject_names: Sequence[str] | None = None,
+    ) -> None:
+        states, actions = _integers(states, "states"), _integers(actions, "actions")
+        if states.shape[0] != actions.shape[0] or states.shape[1] - actions.shape[1] not in (0, 1):
+            raise InvalidTrajectoriesError(
+                f"states {tuple(states.shape)} do not fit actions {tuple(actions.shape)}: "
+                "expected [N, T] or [N, T + 1] with [N, T]"
+            )
+        if len(actions) == 0:
+            warnings.warn("no demonstrations: the posterior will be the prior", EmptyTrajectoriesWarning, stacklevel=2)
+            states, actions, lengths = (torch.full((1, 1), -1) for _ in range(3))
+            lengths, ends, horizons, subjects = torch.zeros(1, dtype=torch.long), "truncated", None, None
+        count, steps = actions.shape
+        inferred = (actions >= 0).to(torch.long).cumprod(1).sum(1)
+        self.lengths = inferred if lengths is None else _column(lengths, count, "lengths").to(actions.device)
+        if bool(((self.lengths < 0) | (self.lengths > steps)).any()):
+            raise InvalidTrajectoriesError(f"lengths must lie between 0 and {steps}, the number of action columns")
+        self.ends: tuple[End, ...] = (ends,) * count if isinstance(ends, str) else tuple(ends)
+        if len(self.ends) != count or not set(self.ends) <= {"truncated", "terminated", "horizon"}:
+            raise InvalidTrajectoriesError(
+                "ends must be 'truncated', 'terminated' or 'horizon', one for all or one for each episode"
+            )
+        self.horizons = self._own_horizons(None if horizons is None else _column(horizons, count, "horizons"))
+        self.subjects = None if subjects is None else _column(subjects, count, "subjects").to(actions.device)
+        self.subject_names = None if subject_names is None else tuple(str(x) for x in subject_names)
+        slots = max(int(self.lengths.max()), 0) + 1
+        step = torch.arange(slots, device=actions.device)
+        table = torch.full((count, slots, 2), -1, device=actions.device)
+        table[:, : min(slots, states.shape[1]), 0] = states[:, :slots]
+        table[:, : min(slots, steps), 1] = actions[:, :slots]
+        table[..., 0].masked_fill_(step > self.lengths.unsqueeze(1), -1)
+        table[..., 1].masked_fill_(step >= self.lengths.unsqueeze(1), -1)
+        self._check_table(table)
+        self._table: Tensor | None = table
+        self.starts: Tensor = table[:, 0, 0]
+
+    def _own_horizons(self, given: Tensor | None) -> Tensor | None:
+        own = torch.tensor([end == "horizon" for end in self.ends], device=self.lengths.device)
+        if given is not None:
+            if bool((given.to(own.device) < self.lengths).any()):
+                raise HorizonError("horizons must be at least as long as the episodes that knew them")
+            return given.to(own.device)
+        return torch.where(own, self.lengths, -1) if bool(own.any()) else None
+
+    def _check_table(self, table: Tensor) -> None:
+        step = torch.arange(table.shape[1], device=table.device)
+        acting = step < self.lengths.unsqueeze(1)
+        for name, column in (("state", 0), ("action", 1)):
+            missing = acting & (table[..., column] < 0)
+            if bool(missing.any()):
+                episode, t = missing.nonzero()[0].tolist()
+                raise InvalidTrajectoriesError(f"trajectory {episode}, step {t}: the {name} is negative or missing")
+
+    # ------------------------------------------------------------------------------------------------ the face of a
+    # model's data
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def as_tensor(self) -> Int[Tensor, "N slots 2"] | None:
+        """(state, action) of every step, always the same object; (s, -1) is a last state without action, (-1, -1)
+        padding.
+
+        None for :meth:`unobserved` trajectories, so that the same model simulates.
+        """
+        return self._table
+
+    @property
+    def states(self) -> Int[Tensor, "N slots"]:
+        """States ``[N, T + 1]``, -1 where not observed."""
+        return self._observed()[..., 0]
+
+    @property
+    def actions(self) -> Int[Tensor, "N slots"]:
+        """Actions ``[N, T]``, -1 after the end."""
+        return self._observed()[:, :-1, 1]
+
+    def _observed(self) -> Tensor:
+        if self._table is None:
+            raise InvalidTrajectoriesError(
+                "these trajectories are unobserved: they have lengths and starts, no states or actions"
+            )
+        return self._table
+
+    def unobserved(self) -> Trajectories:
+        """The same episodes (lengths, starts, horizons, subjects) with nothing observed."""
+        return self._with(_table=None)
+
+    def __getitem__(self, index: Any) -> Trajectories:
+        """A subset of the episodes: a slice, a mask, or a list of numbers."""
+        index = torch.arange(len(self), device=self.lengths.device)[
+            torch.as_tensor(index) if isinstance(index, list) else index
+        ].reshape(-1)
+        pick = lambda x: None if x is None else x[index]  # noqa: E731
+        return self._with(
+            lengths=self.lengths[index],
+            ends=tuple(self.ends[i] for i in index.tolist()),
+            horizons=pick(self.horizons),
+            subjects=pick(self.subjects),
+            starts=self.starts[index],
+            _table=None
+            if self._table is None
+            else self._table[index, : int(self.lengths[index].max()) + 1].contiguous(),
+        )
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Trajectories:
+        """A copy on another device (states and actions are whole numbers: ``dtype`` is ignored)."""
+        if device is None or torch.device(device) == self.lengths.device:
+            return self
+        move = lambda x: None if x is None else x.to(device)  # noqa: E731
+        names = ("lengths", "horizons", "subjects", "starts", "_table")
+        return self._with(**{name: move(getattr(self, name)) for name in names})
+
+    def _with(self, **changes: Any) -> Trajectories:
+        copy = object.__new__(Trajectories)
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
+
+    def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """What a posterior file keeps beside the observed trajectories themselves."""
+        columns = {"length": self.lengths, "own_horizon": self.horizons, "subject": self.subjects}
+        return {name: (("episode",), x.cpu().numpy()) for name, x in columns.items() if x is not None}
+
+    def __repr__(self) -> str:
+        return f"Trajectories({len(self)} episodes, {int(self.lengths.sum())} decisions)"
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def validate(self, mdp: Dynamics) -> None:
+        """Check every episode against a decision problem.
+
+        Raises:
+            InvalidTrajectoriesError: a state or action out of range, an action in a terminal state, or
+                ends="terminated" elsewhere.
+            UnavailableActionError: an action that is not available.
+            ImpossibleTransitionError: a start or transition of probability 0; names trajectory and step.
+            HorizonError: an episode longer than the horizon.
+        """
+        validate(self._observed(), mdp, self.horizons)
+        last = self._observed().gather(1, self.lengths[:, None, None].expand(-1, 1, 2))[:, 0, 0]
+        claimed = torch.tensor([end == "terminated" for end in self.ends], device=last.device)
+        wrong = claimed & ~((last >= 0) & mdp.terminal[last.clamp_min(0)])
+        if bool(wrong.any()):
+            episode = int(wrong.nonzero()[0])
+            raise InvalidTrajectoriesError(
+                f"trajectory {episode} ends 'terminated', but its last state {int(last[episode])} is not terminal"
+            )
+
+    # ------------------------------------------------------------------------------------------------ other people's
+    # formats
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        data: pd.DataFrame,
+        *,
+        subject: str | None = "subject",
+        episode: str = "episode",
+        t: str = "t",
+        state: str = "state",
+        action: str = "action",
+        ends: End | Sequence[End] = "truncated",
+    ) -> Trajectories:
+        """One row a decision, sorted by ``t`` within (subject, episode). A last row with a missing action gives the
+        last state.
+
+        Columns are named by the arguments; ``subject=None`` (or no such column) for a single subject. States and
+        actions are whole numbers; subjects may be anything.
+        """
+        absent = [name for name in (episode, t, state, action) if name not in data.columns]
+        if absent:
+            raise InvalidTrajectoriesError(
+                f"the data frame has no column {absent[0]!r}; it has {', '.join(map(str, data.columns))}"
+            )
+        has_subject = subject is not None and subject in data.columns
+        keys = [subject, episode] if has_subject else [episode]
+        states, actions, owners = [], [], []
+        for key, rows in data.groupby(keys, sort=True):
+            rows = rows.sort_values(t)
+            if rows[t].duplicated().any():
+                raise InvalidTrajectoriesError(f"episode {key} has two rows with the same {t!r}")
+            missing = rows[action].isna()
+            if missing.iloc[:-1].any():
+                raise InvalidTrajectoriesError(f"episode {key} has a missing action before its last row")
+            states.append(rows[state].tolist())
+            actions.append(rows[action][~missing].tolist())
+            owners.append(key[0])
+        names = sorted(set(owners), key=owners.index) if has_subject else None
+        subjects = None if names is None else [names.index(x) for x in owners]
+        return cls(states, actions, ends=ends, subjects=subjects, subject_names=names)
+
+    @classmethod
+    def from_episodes(cls, episodes: Iterable[Any]) -> Trajectories:
+        """Objects shaped like imitation's Trajectory (``obs``, ``acts``, ``terminal``) or Minari's episodes
+        (``observations``, ``actions``, ``terminations``), or pairs (states, actions); discrete spaces only.
+
+        Works for a list of imitation trajectories, ``minari.load_dataset(...)`` and recorded Gymnasium rollouts alike.
+        """
+        states, actions = [], []
+        ends: list[End] = []
+        for episode in episodes:
+            first = lambda *names: next((getattr(episode, n) for n in names if hasattr(episode, n)), None)  # noqa: B023, E731
+            observed, acted = first("obs", "observations"), first("acts", "actions")
+            if observed is None or acted is None:
+                observed, acted = episode
+            terminal = first("terminal", "terminations")
+            done = terminal is not None and bool(torch.as_tensor(terminal).reshape(-1)[-1])
+            states.append(observed)
+            actions.append(acted)
+            ends.append("terminated" if done else "truncated")
+        return cls(states, actions, ends=tuple(ends))
+
+
+def validate(
+    table: Int[Tensor, "*batch slots 2"], mdp: Dynamics, horizons: Tensor | None = None, starts: Tensor | None = None
+) -> None:
+    """Check a tensor of trajectories against a decision problem (see :meth:`Trajectories.validate`).
+
+    Args:
+        horizons: own horizons ``[*batch]``, -1 where the MDP's counts.
+        starts: given first states ``[*batch]``, whose probability then does not matter.
+    """
+    if (
+        table.is_floating_point()
+        or table.is_complex()
+        or table.dtype == torch.bool
+        or table.shape[-1:] != (2,)
+        or table.dim() < 2
+    ):
+        raise InvalidTrajectoriesError(
+            f"trajectories are whole numbers [*batch, steps, 2], not {table.dtype} {tuple(table.shape)}"
+        )
+    flat = table.reshape(-1, *table.shape[-2:])
+    state, action = flat[..., 0], flat[..., 1]
+    states, actions = mdp.log_prior.shape
+    acting = action >= 0
+
+    def refuse(bad: Tensor, error: type[Exception], message: str) -> None:
+        if bool(bad.any()):
+            episode, t = bad.nonzero()[0].tolist()
+            values = {
+                "s": int(state[episode, t]),
+                "a": int(action[episode, t]),
+                "n": int(state[episode, min(t + 1, state.shape[1] - 1)]),
+            }
+            raise error(f"trajectory {episode}, step {t}: " + message.format(**values))
+
+    refuse(
+        (state >= states) | (state < -1),
+        InvalidTrajectoriesError,
+        f"state {{s}} is out of range; states are 0 to {states - 1}",
+    )
+    refuse(
+        (action >= actions) | (action < -1),
+        InvalidTrajectoriesError,
+        f"action {{a}} is out of range; actions are 0 to {actions - 1}",
+    )
+    refuse(acting & (state < 0), InvalidTrajectoriesError, "an action without a state")
+    refuse(acting[:, 1:] & ~acting[:, :-1], InvalidTrajectoriesError, "an action after the end of the episode")
+    late = (state >= 0)[:, 1:] & ~acting[:, :-1]
+    refuse(torch.nn.functional.pad(late, (1, 0)), InvalidTrajectoriesError, "a state after the end of the episode")
+    at, now = state.clamp_min(0), action.clamp_min(0)
+    refuse(
+        acting & mdp.terminal[at],
+        InvalidTrajectoriesError,
+        "action {a} in terminal state {s}; leave out what follows a terminal state",
+    )
+    refuse(
+        acting & ~mdp.log_prior.isfinite()[at, now], UnavailableActionError, "action {a} is not available in state {s}"
+    )
+    begun = (state[:, :1] >= 0) & (starts is None)
+    refuse(
+        begun & (mdp.initial[at[:, :1]] == 0), ImpossibleTransitionError, "start state {s} has initial probability 0"
+    )
+    if starts is not None:
+        given = starts.expand(table.shape[:-2]).reshape(-1, 1)
+        refuse(
+            (state[:, :1] >= 0) & (state[:, :1] != given),
+            InvalidTrajectoriesError,
+            "start state {s} is not the given one",
+        )
+    step = acting[:, :-1] & (state[:, 1:] >= 0)
+    chance = torch.ones_like(step, dtype=mdp.initial.dtype)
+    chance[step] = mdp.probability(at[:, :-1][step], now[:, :-1][step], at[:, 1:][step])
+    refuse(
+        step & (chance == 0),
+        ImpossibleTransitionError,
+        "moving from state {s} by action {a} to state {n} has probability 0",
+    )
+    longest = acting.sum(1).reshape(table.shape[:-2])
+    limit = torch.full_like(longest, -1 if mdp.horizon is None else mdp.horizon)
+    limit = limit if horizons is None else torch.where(horizons >= 0, horizons, limit)
+    over = (limit >= 0) & (longest > limit)
+    if bool(over.any()):
+        episode = int(over.reshape(-1).nonzero()[0])
+        raise HorizonError(
+            f"trajectory {episode} has {int(longest.reshape(-1)[episode])} decisions, more than the horizon "
+            f"{int(limit.expand_as(longest).reshape(-1)[episode])}"
+        )
+
+
+def _integers(x: Any, name: str) -> Int[Tensor, "N T"]:
+    if isinstance(x, (list, tuple)) and not all(isinstance(row, int) for row in x):
+        rows = [_vector(row, f"{name}[{i}]") for i, row in enumerate(x)]
+        width = max((len(row) for row in rows), default=0)
+        return (
+            torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
+            if rows
+            else torch.zeros(0, 0).long()
+        )
+    tensor = _vector(x, name, dims=2)
+    return tensor
+
+
+def _vector(x: Any, name: str, dims: int = 1) -> Tensor:
+    try:
+        tensor = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidTrajectoriesError(f"{name} cannot be read as whole numbers") from None
+    if tensor.numel() == 0:
+        tensor = tensor.to(torch.long)
+    if tensor.is_floating_point() and bool((tensor == tensor.round()).all()):
+        tensor = tensor.to(torch.long)  # a data frame with missing entries turns whole numbers into floats
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.dim() != dims:
+        raise InvalidTrajectoriesError(
+            f"{name} must be whole numbers with {dims} dimension(s), not {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    return tensor.to(torch.long)
+
+
+def _column(x: Any, count: int, name: str) -> Int[Tensor, " N"]:
+    column = _vector(x, name)
+    if len(column) != count:
+        raise InvalidTrajectoriesError(f"{name} has {len(column)} entries for {count} episodes")
+    return column

@@ -1,0 +1,43 @@
+"""What every test shares: one thread, checked shapes, a fixed seed, and the folder of real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and matplotlib are imported, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import jaxtyping
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Before pirl is imported: every call into it now checks the shapes that its signatures name.
+jaxtyping.install_import_hook("pirl", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_start() -> Iterator[None]:
+    """Seed every generator, and leave no Pyro parameters behind."""
+    pyro.set_rng_seed(0)
+    with pyro.get_param_store().scope():
+        yield
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """Real demonstrations: PIRL_DATA, or shared/data beside the repository; PIRL_REQUIRE_DATA=1 insists on them."""
+    folder = Path(os.environ.get("PIRL_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        message = f"no real data in {folder}: name their folder in PIRL_DATA"
+        if os.environ.get("PIRL_REQUIRE_DATA") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
