@@ -86,7 +86,7 @@ class TabularTrajectory(TorchDistribution):
             self._shared["values"] = values
         return self._shared["values"]
 
-    def log_prob(self, value: Int[Tensor, "*batch slots 2"]) -> Float[Tensor, "*batch"]:
+    def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
         """Normalised log density of each trajectory, p(s_1), P(s'|s,a) and p(a|s) included: over what ``sample`` can
         return it sums to 1.
 
@@ -107,7 +107,7 @@ class TabularTrajectory(TorchDistribution):
             result = result.index_add(0, counts.open_ends[0], self._open_ends(counts))
         return layout.outputs(result).expand(self._full_batch(value))
 
-    def log_prob_sum(self, value: Int[Tensor, "*batch slots 2"]) -> Float[Tensor, ""]:
+    def log_prob_sum(self, value: Tensor) -> Float[Tensor, ""]:
         """``log_prob(value).sum()`` by sufficient statistics: two dot products, whatever the number of trajectories."""
         counts = self._statistics(value)
         layout = counts.layout
@@ -122,7 +122,7 @@ class TabularTrajectory(TorchDistribution):
         full = torch.broadcast_shapes(self.reward.shape[:-2], value.shape[:-2])
         return result * (self._full_batch(value).numel() / max(full.numel(), 1))
 
-    def choice_log_prob(self, value: Int[Tensor, "*batch slots 2"]) -> Float[Tensor, "*batch"]:
+    def choice_log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
         """Sum of log pi_t(a_t|s_t) over the steps of each trajectory: choices only, without starts, dynamics, or
         their tilt.
 

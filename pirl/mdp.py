@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -14,26 +14,31 @@ from torch import Tensor
 from pirl.errors import InvalidMDPError, InvalidRewardError, UnboundedProblemError
 from pirl.transitions import TransitionMap
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _ROW_SUM_TOLERANCE = 1e-8
+_ARGUMENTS = (
+    "transition",
+    "initial",
+    "discount",
+    "horizon",
+    "terminal",
+    "available",
+    "action_prior",
+    "state_names",
+    "action_names",
+)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class TabularMDP:
     """Dynamics, start and end of a finite decision problem: everything but the reward.
 
     Args:
         transition: P(s'|s,a), dense ``[S, A, S]``, or sparse (COO or CSR) ``[S * A, S]`` with row ``s * A + a``.
-            Floating tensors set the
-            dtype (use float64) and device of all that follows; NumPy arrays are taken too.
+            Floating tensors set the dtype (use float64) and device of all that follows; arrays and lists are taken too.
         initial: p(s_1) ``[S]``, or one state's number.
         discount: g in [0, 1]. The trajectory reading of exp(r) needs 1, or explicit geometric stopping.
         horizon: number of decisions of an episode, or None for an unbounded one.
         terminal: ``[S]`` mask (or list of state numbers) where episodes end. On entry a terminal state takes one
-            forced no-op,
-            action 0, collects r(s, 0) once, and is worth nothing after.
+            forced no-op, action 0, collects r(s, 0) once, and is worth nothing after.
         available: ``[S, A]`` mask of the actions that can be taken; all by default.
         action_prior: base measure p(a|s): "uniform" over the available actions, "counting" (weight 1 each), or a
             tensor ``[S, A]``.
@@ -51,39 +56,52 @@ class TabularMDP:
     """
 
     transition: Tensor
-    initial: Tensor
-    discount: float = 1.0
-    horizon: int | None = None
-    terminal: Tensor = None  # type: ignore[assignment]
-    available: Tensor = None  # type: ignore[assignment]
-    action_prior: Tensor | Literal["uniform", "counting"] = "uniform"
-    state_names: tuple[str, ...] | None = None
-    action_names: tuple[str, ...] | None = None
+    initial: Float[Tensor, " S"]
+    discount: float
+    horizon: int | None
+    terminal: Bool[Tensor, " S"]
+    available: Bool[Tensor, "S A"]
+    action_prior: Float[Tensor, "S A"]
+    state_names: tuple[str, ...] | None
+    action_names: tuple[str, ...] | None
     # Problems and counts derived from these tables, for the recursions; dropped when pickled.
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False)
+    memo: dict[Any, Any]
+    _given_prior: Any
 
-    def __post_init__(self) -> None:
-        transition = _floating(self.transition, "transition")
+    def __init__(
+        self,
+        transition: Any,
+        initial: Any,
+        discount: float = 1.0,
+        horizon: int | None = None,
+        terminal: Any = None,
+        available: Any = None,
+        action_prior: Any = "uniform",
+        state_names: Sequence[str] | None = None,
+        action_names: Sequence[str] | None = None,
+    ) -> None:
+        transition = _floating(transition, "transition")
+        if transition.layout == torch.sparse_csr:  # one sparse form inside; a CSR tensor also warns when unpickled
+            transition = transition.to_sparse_coo()
         states, actions = _table_shape(transition)
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731  (a frozen dataclass fills itself once)
-        put("transition", transition)
-        put("terminal", _mask(self.terminal, (states,), "terminal", default=False, like=transition))
-        put("available", _mask(self.available, (states, actions), "available", default=True, like=transition))
-        put("initial", _initial(self.initial, states, transition))
-        put("discount", _discount(self.discount))
-        put("horizon", _horizon(self.horizon))
-        for name, count in (("state_names", states), ("action_names", actions)):
-            names = getattr(self, name)
-            if names is not None:
-                put(name, tuple(str(x) for x in names))
-                if len(getattr(self, name)) != count:
-                    raise InvalidMDPError(f"{name} has {len(getattr(self, name))} names for {count} entries")
+        # Through __dict__: a frozen object fills itself once.
+        self.__dict__.update(
+            transition=transition,
+            terminal=_mask(terminal, (states,), "terminal", default=False, like=transition),
+            available=_mask(available, (states, actions), "available", default=True, like=transition),
+            initial=_initial(initial, states, transition),
+            discount=_discount(discount),
+            horizon=_horizon(horizon),
+            state_names=_names(state_names, states, "state_names"),
+            action_names=_names(action_names, actions, "action_names"),
+            memo={},
+        )
         without = ~self.available.any(1) & ~self.terminal
         if bool(without.any()):
             raise InvalidMDPError(
                 f"state {int(without.nonzero()[0])} has no available action; make it terminal or allow one"
             )
-        put("action_prior", self._validated_prior())
+        self.__dict__.update(_given_prior=action_prior, action_prior=self._validated_prior(action_prior))
         self._validate_rows()
         if self.horizon is None and self.discount == 1.0:
             self._require_absorption()
@@ -118,13 +136,8 @@ class TabularMDP:
             table = table.reshape(-1, self.num_states)
             row, column = table.nonzero(as_tuple=True)
             return row, column, table[row, column]
-        if table.layout == torch.sparse_csr:
-            crow = table.crow_indices()
-            row = torch.repeat_interleave(torch.arange(table.shape[0], device=table.device), crow.diff())
-            row, column, value = row, table.col_indices(), table.values()
-        else:
-            table = table.coalesce()
-            (row, column), value = table.indices(), table.values()
+        table = table.coalesce()
+        (row, column), value = table.indices(), table.values()
         kept = value != 0
         return row[kept].long(), column[kept].long(), value[kept]
 
@@ -145,7 +158,6 @@ class TabularMDP:
         """log p(a|s): -inf where an action is not available; a terminal state has its no-op, action 0, with log p =
         0.
         """
-        assert isinstance(self.action_prior, Tensor)
         no_op = torch.zeros_like(self.action_prior)
         no_op[:, 0] = 1.0
         return torch.where(self.terminal.unsqueeze(1), no_op, self.action_prior * self.available).log()
@@ -158,10 +170,11 @@ class TabularMDP:
     def probability(self, state: Int[Tensor, " n"], action: Int[Tensor, " n"], following: Int[Tensor, " n"]) -> Tensor:
         """P(s'|s,a) of n listed transitions ``[n]``."""
         row, column, value = self._entries
+        if not len(row):  # every state is terminal
+            return value.new_zeros(len(state))
         key, wanted = row * self.num_states + column, (state * self.num_actions + action) * self.num_states + following
-        order = torch.argsort(key)
-        place = torch.searchsorted(key[order], wanted).clamp_max(max(len(key) - 1, 0))
-        return torch.where(key[order][place] == wanted, value[order][place], torch.zeros_like(value[:1]))
+        place = torch.searchsorted(key, wanted).clamp_max(len(key) - 1)
+        return torch.where(key[place] == wanted, value[place], torch.zeros_like(value[:1]))
 
     def check_reward(self, reward: Tensor) -> Float[Tensor, "*batch S A"]:
         """Broadcast r(s) ``[S]`` or ``[*batch, S, 1]``, or r(s, a) ``[*batch, S, A]``, to ``[*batch, S, A]``.
@@ -192,14 +205,16 @@ class TabularMDP:
 
     def replace(self, **changes: Any) -> TabularMDP:
         """A copy with some arguments changed, validated anew."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        fields = {name: getattr(self, name) for name in _ARGUMENTS}
+        fields["action_prior"] = self._given_prior  # "uniform" stays uniform over other available actions
         return TabularMDP(**{**fields, **changes})
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TabularMDP:
         """A copy on another device, or in another floating type (rows are normalised again after rounding)."""
-        if dtype in (None, self.dtype) and device in (None, self.device):
+        device = self.device if device is None else torch.device(device)
+        if dtype in (None, self.dtype) and device == self.device:
             return self
-        assert isinstance(self.action_prior, Tensor)
+        prior = self._given_prior
         if self.transition.layout == torch.strided:
             transition = self.transition.to(device=device, dtype=dtype)
             transition = transition / transition.sum(-1, keepdim=True).where(
@@ -218,7 +233,7 @@ class TabularMDP:
             initial=initial / initial.sum(),
             terminal=self.terminal.to(device=device),
             available=self.available.to(device=device),
-            action_prior=self.action_prior.to(device=device, dtype=dtype),
+            action_prior=prior if isinstance(prior, str) else self.action_prior.to(device=device, dtype=dtype),
         )
 
     def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
@@ -231,8 +246,8 @@ class TabularMDP:
             "initial": (("state",), self.initial),
             "terminal": (("state",), self.terminal),
             "available": (("state", "action"), self.available),
-            "discount": ((), torch.tensor(self.discount, dtype=torch.float64)),
-            "horizon": ((), torch.tensor(-1 if self.horizon is None else self.horizon)),
+            "discount": ((), torch.tensor(self.discount, dtype=torch.float64, device="cpu")),
+            "horizon": ((), torch.tensor(-1 if self.horizon is None else self.horizon, device="cpu")),
         }
         return {name: (dims, x.detach().cpu().numpy()) for name, (dims, x) in tables.items()}
 
@@ -247,6 +262,9 @@ class TabularMDP:
         parts += [f"terminal={int(self.terminal.sum())}"] * bool(self.terminal.any())
         return f"TabularMDP({', '.join(parts)})"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a TabularMDP does not change: use mdp.replace({name}=...)")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "memo": {}}  # memoised counts are keyed by identity, which does not survive a pickle
 
@@ -255,14 +273,14 @@ class TabularMDP:
 
     # ------------------------------------------------------------------------------------------------ validation
 
-    def _validated_prior(self) -> Tensor:
-        prior, available = self.action_prior, self.available
+    def _validated_prior(self, prior: Any) -> Float[Tensor, "S A"]:
+        available = self.available
         if isinstance(prior, str):
             if prior not in ("uniform", "counting"):
                 raise InvalidMDPError(f"action_prior must be 'uniform', 'counting' or a tensor [S, A], not {prior!r}")
             weight = available.to(self.initial.dtype)
             return weight / weight.sum(1, keepdim=True).clamp_min(1.0) if prior == "uniform" else weight
-        prior = _floating(prior, "action_prior").to(self.initial)
+        prior = _floating(prior, "action_prior", self.initial)
         if prior.shape != available.shape:
             raise InvalidMDPError(f"action_prior has shape {tuple(prior.shape)}; expected {tuple(available.shape)}")
         _require_finite(prior, "action_prior")
@@ -312,7 +330,6 @@ def _closure(start: Bool[Tensor, " S"], source: Tensor, target: Tensor) -> Bool[
     """States reached from ``start`` along the edges source -> target (breadth first, by scipy: long corridors have
     many levels).
     """
-    import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order
 
@@ -322,7 +339,7 @@ def _closure(start: Bool[Tensor, " S"], source: Tensor, target: Tensor) -> Bool[
     edges_from = np.concatenate([source.cpu().numpy(), np.full(len(begin), states)])
     edges_to = np.concatenate([target.cpu().numpy(), begin])
     graph = coo_matrix((np.ones(len(edges_from)), (edges_from, edges_to)), shape=(states + 1, states + 1)).tocsr()
-    reached = torch.zeros(states + 1, dtype=torch.bool)
+    reached = torch.zeros(states + 1, dtype=torch.bool, device="cpu")
     reached[torch.from_numpy(breadth_first_order(graph, states, return_predecessors=False).astype("int64"))] = True
     return reached[:-1].to(start.device)
 
@@ -332,11 +349,14 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(_ROW_SUM_TOLERANCE, 32 * torch.finfo(dtype).eps)
 
 
-def _floating(x: Any, name: str) -> Tensor:
-    try:
-        tensor = x if isinstance(x, Tensor) else torch.as_tensor(x)
+def _floating(x: Any, name: str, like: Tensor | None = None) -> Tensor:
+    """A floating tensor: of the type and on the device of ``like``, or as it comes."""
+    try:  # plain lists are float64, as in NumPy
+        tensor = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x), device=getattr(like, "device", None))
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidMDPError(f"{name} cannot be read as a tensor: {error}") from None
+    if like is not None:
+        return tensor.to(dtype=like.dtype, device=like.device)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
 
 
@@ -365,9 +385,11 @@ def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Ten
     if mask is None:
         return torch.full(shape, default, dtype=torch.bool, device=like.device)
     mask = torch.as_tensor(mask, device=like.device)
+    mask = mask if mask.numel() else mask.long()  # an empty list of state numbers
     if mask.dtype != torch.bool and len(shape) == 1 and not mask.is_floating_point():  # a list of state numbers
-        if mask.numel() and (int(mask.min()) < 0 or int(mask.max()) >= shape[0]):
-            raise InvalidMDPError(f"{name} names state {int(mask.max())}; states are 0 to {shape[0] - 1}")
+        wrong = mask[(mask < 0) | (mask >= shape[0])]
+        if wrong.numel():
+            raise InvalidMDPError(f"{name} names state {int(wrong[0])}; states are 0 to {shape[0] - 1}")
         return torch.zeros(shape, dtype=torch.bool, device=like.device).index_fill(0, mask.reshape(-1).long(), True)
     if mask.shape != shape or mask.dtype != torch.bool:
         raise InvalidMDPError(f"{name} is {mask.dtype} {tuple(mask.shape)}; expected a boolean mask of shape {shape}")
@@ -375,21 +397,26 @@ def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Ten
 
 
 def _initial(initial: Any, states: int, like: Tensor) -> Tensor:
-    if isinstance(initial, int) or (
-        isinstance(initial, Tensor) and initial.dim() == 0 and not initial.is_floating_point()
-    ):
+    given = initial if isinstance(initial, Tensor) else np.asarray(initial)
+    if given.ndim == 0 and str(given.dtype).removeprefix("torch.").startswith(("int", "uint")):  # one state's number
         if not 0 <= int(initial) < states:
             raise InvalidMDPError(f"initial state {int(initial)} is out of range; states are 0 to {states - 1}")
         return torch.zeros(states, dtype=like.dtype, device=like.device).index_fill(
             0, torch.tensor([int(initial)], device=like.device), 1.0
         )
-    tensor = _floating(initial, "initial").to(dtype=like.dtype, device=like.device)
+    tensor = _floating(initial, "initial", like)
     if tensor.shape != (states,):
         raise InvalidMDPError(f"initial has shape {tuple(tensor.shape)}; expected ({states},), or one state's number")
     _require_finite(tensor, "initial")
     if abs(float(tensor.sum()) - 1) > _tolerance(tensor.dtype):
         raise InvalidMDPError(f"initial sums to {float(tensor.sum()):.9g}, not 1 (within 1e-8)")
     return tensor
+
+
+def _names(names: Sequence[str] | None, count: int, what: str) -> tuple[str, ...] | None:
+    if names is not None and len(names) != count:
+        raise InvalidMDPError(f"{what} has {len(names)} names for {count} entries")
+    return None if names is None else tuple(str(name) for name in names)
 
 
 def _discount(discount: Any) -> float:
@@ -402,6 +429,6 @@ def _discount(discount: Any) -> float:
 def _horizon(horizon: Any) -> int | None:
     if horizon is None:
         return None
-    if isinstance(horizon, bool) or int(horizon) != horizon or horizon < 1:
+    if isinstance(horizon, bool) or not float(horizon).is_integer() or horizon < 1:
         raise InvalidMDPError(f"horizon is {horizon}; it must be a whole number of decisions, at least 1, or None")
     return int(horizon)

@@ -15,10 +15,10 @@ soft policy under the true dynamics; log Z and alpha are not defined there.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import ConvergenceError, DiscountError, DivergenceError, HorizonError, InvalidRewardError, OptionError
@@ -32,27 +32,7 @@ from pirl.soft_values import (
     soft_adjoint,
     soft_values,
 )
-from pirl.transitions import TransitionMap, solve_system
-
-
-class Dynamics(Protocol):
-    """What the recursions need of a decision problem; :class:`pirl.TabularMDP` has it."""
-
-    @property
-    def transitions(self) -> TransitionMap: ...
-    @property
-    def log_prior(self) -> Float[Tensor, "S A"]: ...
-    @property
-    def acts(self) -> Bool[Tensor, "S A"]: ...
-    @property
-    def initial(self) -> Float[Tensor, " S"]: ...
-    @property
-    def discount(self) -> float: ...
-    @property
-    def horizon(self) -> int | None: ...
-    @property
-    def memo(self) -> dict[Any, Any]: ...
-    def check_reward(self, reward: Tensor) -> Float[Tensor, "*batch S A"]: ...
+from pirl.transitions import Dynamics, TransitionMap, solve_system
 
 
 class Messages(NamedTuple):

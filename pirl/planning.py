@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import ConvergenceError, DivergenceError, HorizonError, InvalidPolicyError, NotUnichainError
-from pirl.transitions import TransitionMap, scatter_max, solve_system
-
-
-class Dynamics(Protocol):
-    """What planning needs of a decision problem; :class:`pirl.TabularMDP` has it."""
-
-    @property
-    def transitions(self) -> TransitionMap: ...
-    @property
-    def log_prior(self) -> Float[Tensor, "S A"]: ...
-    @property
-    def acts(self) -> Bool[Tensor, "S A"]: ...
-    @property
-    def terminal(self) -> Bool[Tensor, " S"]: ...
-    @property
-    def initial(self) -> Float[Tensor, " S"]: ...
-    @property
-    def discount(self) -> float: ...
-    @property
-    def horizon(self) -> int | None: ...
-    def check_reward(self, reward: Tensor) -> Float[Tensor, "*batch S A"]: ...
+from pirl.errors import (
+    ConvergenceError,
+    DiscountError,
+    DivergenceError,
+    HorizonError,
+    InvalidPolicyError,
+    InvalidRewardError,
+    NotUnichainError,
+)
+from pirl.transitions import Dynamics, scatter_max, solve_system
 
 
 class OptimalPolicy(NamedTuple):
     """A deterministic optimal plan; time (1..T) stands before S when the horizon is finite."""
 
     policy: Tensor
-    """``[*batch, (T,) S, A]``, one-hot; ties go to the action of the lowest number."""
+    """``[*batch, (T,) S, A]``, one-hot. Ties go to the action of the lowest number; where that would never
+    end, though it must (discount 1, no horizon), to one on a shortest way to the end."""
     value: Tensor
     """``[*batch, (T,) S]``."""
     action_value: Tensor
@@ -55,8 +44,17 @@ class MostLikelyTrajectory(NamedTuple):
 
 
 def _rows(mdp: Dynamics, reward: Tensor) -> tuple[Float[Tensor, "S A C"], torch.Size]:
-    reward = mdp.check_reward(reward)
+    reward = _finite_reward(mdp, reward)
     return reward.reshape(-1, *reward.shape[-2:]).movedim(0, -1), reward.shape[:-2]
+
+
+def _finite_reward(mdp: Dynamics, reward: Tensor) -> Float[Tensor, "*batch S A"]:
+    reward = mdp.check_reward(reward)
+    bad = ~reward.isfinite() & mdp.log_prior.isfinite()
+    if bool(bad.any()):
+        *_, state, action = bad.nonzero()[0].tolist()
+        raise InvalidRewardError(f"reward of state {state}, action {action} is NaN or infinite")
+    return reward
 
 
 def _back(x: Tensor, batch: torch.Size) -> Tensor:
@@ -66,11 +64,14 @@ def _back(x: Tensor, batch: torch.Size) -> Tensor:
 def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
     """Bellman-optimal plan: backward induction (finite horizon) or policy iteration.
 
+    With discount 1 and no horizon it is the best of the policies that end.
+
     Args:
         reward: r(s) or r(s,a), ``[*batch, S, A]``.
 
     Raises:
-        DivergenceError: discount 1, and some policy collects positive reward for ever.
+        InvalidRewardError: wrong shape, or NaN or infinite.
+        DivergenceError: discount 1, no horizon, and some policy collects positive reward for ever.
     """
     r, batch = _rows(mdp, reward)
     allowed = mdp.log_prior.isfinite().unsqueeze(-1)
@@ -89,30 +90,74 @@ def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
         return OptimalPolicy(_back(policy, batch), _back(value, batch), _back(q, batch))
     # A proper start: mixing over every allowed action reaches a terminal state from anywhere.
     policy = (allowed / allowed.sum(1, keepdim=True)).to(r.dtype).expand_as(r)
-    scale = 64 * torch.finfo(r.dtype).eps
+    largest = torch.where(allowed, r, 0.0).abs().flatten(0, 1).amax(0)
+    previous = torch.full_like(r[:, 0], -torch.inf)
     for _ in range(10 * r.shape[0] + 100):
         value = _evaluate(mdp, policy, r)
-        if not bool(value.isfinite().all()):
-            raise DivergenceError(
-                "the undiscounted return diverges: a policy avoids every terminal state; discount, or add a horizon"
-            )
         q = look_ahead(value)
-        # Only a real improvement changes the plan: ties broken by rounding error would cycle for ever.
-        chosen = (q * policy).nan_to_num(nan=0.0, neginf=0.0).sum(1, keepdim=True)
         best = q.amax(1, keepdim=True)
-        better = best > chosen + scale * (1 + best.abs() / (1 - mdp.discount if mdp.discount < 1 else 1))
+        # Only a real improvement changes the plan, in action value and then in value: ties broken by rounding error
+        # would cycle for ever.
+        rounding = 64 * torch.finfo(r.dtype).eps * (largest + best.abs())
+        chosen = (q * policy).nan_to_num(nan=0.0, neginf=0.0).sum(1, keepdim=True)
+        rising = (value > previous + rounding.squeeze(1)).any(0)
+        better, previous = (best > chosen + rounding) & rising, value
         if not bool(better.any()):
-            tied = q >= best - scale * (1 + best.abs() / (1 - mdp.discount if mdp.discount < 1 else 1))
-            first = torch.nn.functional.one_hot(tied.to(torch.uint8).argmax(1), r.shape[1]).movedim(-1, 1)
-            return OptimalPolicy(_back(first.to(r.dtype), batch), _back(best.squeeze(1), batch), _back(q, batch))
+            first = _first(mdp, (q >= best - rounding) | (policy > 0)).to(r.dtype)
+            return OptimalPolicy(_back(first, batch), _back(best.squeeze(1), batch), _back(q, batch))
         greedy = torch.nn.functional.one_hot(q.argmax(1), r.shape[1]).movedim(-1, 1).to(r.dtype)
         policy = torch.where(better, greedy, policy)
-    raise ConvergenceError(
-        "policy iteration did not settle; with discount 1 check that every policy reaches a terminal state"
-    )
+    raise ConvergenceError("policy iteration did not settle: values are too large for their differences to be seen")
+
+
+def _first(mdp: Dynamics, tied: Bool[Tensor, "S A C"]) -> Int[Tensor, "S A C"]:
+    """The tied action of the lowest number, one-hot; of those on a way to the end, where it would never end."""
+
+    def lowest(pairs: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(pairs.to(torch.uint8).argmax(1), pairs.shape[1]).movedim(-1, 1)
+
+    first = lowest(tied)
+    if mdp.discount < 1:
+        return first
+    endless = (_next_to_end(mdp, first > 0) < 0).any(0)
+    transitions, following = mdp.transitions, _next_to_end(mdp, tied)
+    onward = (transitions.column.unsqueeze(-1) == following[transitions.state]).long()
+    pair = transitions.row.unsqueeze(-1).expand_as(onward)
+    leads = torch.zeros_like(first).flatten(0, 1).scatter_reduce(0, pair, onward, "amax").reshape(first.shape)
+    return torch.where(endless, lowest(tied & ((leads > 0) | mdp.terminal[:, None, None])), first)
+
+
+def _next_to_end(mdp: Dynamics, pairs: Bool[Tensor, "S A C"]) -> Int[Tensor, "S C"]:
+    """Next state on a shortest way to an end by the given pairs only: -1 where there is none, S at the end."""
+    import numpy as np
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import breadth_first_order
+
+    states = pairs.shape[0]
+    state, column = mdp.transitions.state.cpu().numpy(), mdp.transitions.column.cpu().numpy()
+    ends = mdp.terminal.nonzero().flatten().cpu().numpy()
+    ways = []
+    for used in pairs.flatten(0, 1)[mdp.transitions.row].t().cpu().numpy():
+        # Backwards, from one extra node that all ends lead to.
+        edge = (np.append(column[used], np.full(len(ends), states)), np.append(state[used], ends))
+        graph = coo_matrix((np.ones(len(edge[0])), edge), shape=(states + 1, states + 1))
+        _, following = breadth_first_order(graph.tocsr(), states)
+        ways.append(torch.from_numpy(following[:-1].astype("int64")).clamp_min(-1))
+    return torch.stack(ways, 1).to(pairs.device)
+
+
+def _require_end(mdp: Dynamics, policy: Float[Tensor, "S A C"]) -> None:
+    if mdp.discount == 1:
+        endless = (_next_to_end(mdp, policy > 0) < 0).any(1)
+        if bool(endless.any()):
+            raise DivergenceError(
+                f"the undiscounted sum diverges: from state {int(endless.nonzero()[0])} the policy never reaches a "
+                "terminal state; discount, or add a horizon"
+            )
 
 
 def _evaluate(mdp: Dynamics, policy: Float[Tensor, "S A C"], r: Float[Tensor, "S A C"]) -> Float[Tensor, "S C"]:
+    _require_end(mdp, policy)
     weight = mdp.discount * policy.flatten(0, 1)[mdp.transitions.row] * mdp.transitions.value.unsqueeze(-1)
     return solve_system(mdp.transitions, weight, torch.where(policy > 0, policy * r, 0.0).sum(1))
 
@@ -122,15 +167,15 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
     finite.
 
     Args:
-        policy: pi(a|s) ``[*batch, S, A]``, or ``[*batch, T, S, A]`` by time (finite horizon only). At terminal states
-            it is ignored.
+        policy: pi(a|s) ``[*batch, S, A]``, or ``[*batch, T, S, A]`` by time (finite horizon T only: a dimension of
+            that size there is time). At terminal states it is ignored.
         reward: r(s) or r(s,a), ``[*batch, S, A]``; batch dimensions broadcast against the policy's.
 
     Raises:
         InvalidPolicyError: rows that do not sum to 1, weight on actions that are not available, wrong shape.
         DivergenceError: discount 1 and the policy never ends.
     """
-    reward = mdp.check_reward(reward)
+    reward = _finite_reward(mdp, reward)
     timed = mdp.horizon is not None and policy.dim() >= 3 and policy.shape[-3] == mdp.horizon
     policy = _checked_policy(mdp, policy)
     event = 3 if timed else 2
@@ -138,12 +183,7 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
     r = reward.expand(*batch, *reward.shape[-2:]).reshape(-1, *reward.shape[-2:]).movedim(0, -1)
     pi = policy.expand(*batch, *policy.shape[-event:]).reshape(-1, *policy.shape[-event:]).movedim(0, -1)
     if mdp.horizon is None:
-        value = _evaluate(mdp, pi, r)
-        if not bool(value.isfinite().all()):
-            raise DivergenceError(
-                "the undiscounted return diverges: the policy never reaches a terminal state from some state"
-            )
-        return _back(value, batch)
+        return _back(_evaluate(mdp, pi, r), batch)
     values = [torch.zeros_like(r[:, 0])]
     for t in reversed(range(mdp.horizon)):
         q = r + mdp.discount * mdp.transitions.expect(values[-1]).reshape(r.shape)
@@ -175,16 +215,19 @@ def discounted_occupancy(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) -> 
     or finite horizon.
 
     They sum to 1 / (1 - g) when nothing ends. The no-op of a terminal state counts once, on entry.
+
+    Raises:
+        InvalidPolicyError: as for :func:`policy_value`.
+        DivergenceError: discount 1, no horizon, and from some state the policy never ends.
     """
     policy = _checked_policy(mdp, policy)
     batch = policy.shape[:-2]
     pi = policy.reshape(-1, *policy.shape[-2:]).movedim(0, -1)
     weight = mdp.initial.unsqueeze(-1).expand(-1, pi.shape[-1])
     if mdp.horizon is None:
+        _require_end(mdp, pi)
         entries = mdp.discount * pi.flatten(0, 1)[mdp.transitions.row] * mdp.transitions.value.unsqueeze(-1)
         visits = solve_system(mdp.transitions, entries, weight, transpose=True)
-        if not bool(visits.isfinite().all()):
-            raise DivergenceError("visits are infinite: the policy never reaches a terminal state from some state")
         return _back(visits.unsqueeze(1) * pi, batch)
     visits = torch.zeros_like(weight)
     for _ in range(mdp.horizon):
@@ -205,41 +248,44 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
             enough.
 
     Raises:
-        HorizonError: an infinite horizon without absorption has no most likely trajectory.
+        InvalidRewardError: wrong shape, or NaN or infinite.
+        DiscountError: p(tau) exp(sum r) knows no discount, and the MDP's is below 1.
+        HorizonError: no trajectory of at most ``max_length`` decisions is the most likely one.
         DivergenceError: a cycle of positive weight: longer is always likelier.
     """
     r, batch = _rows(mdp, reward)
-    if mdp.horizon is None and not bool(mdp.terminal.any()):
-        raise HorizonError("most_likely_trajectory needs a horizon, or terminal states")
+    if mdp.discount < 1:
+        raise DiscountError(
+            f"the most likely trajectory knows no discount, and the MDP's is {mdp.discount:g}: "
+            "use mdp.replace(discount=1.0), with a horizon or terminal states"
+        )
     base = r + mdp.log_prior.unsqueeze(-1)
     steps = mdp.horizon or max_length or r.shape[0]
-    scores, successors = _max_product(mdp, base, steps)
-    log_start = mdp.initial.log().unsqueeze(-1)
-    finite = mdp.horizon is not None
+    value, plan = _max_product(mdp, base)
+    first = mdp.initial.log().unsqueeze(-1) + value
     chains = torch.arange(r.shape[-1], device=r.device)
-    first = log_start + (scores[-1].amax(1))
     states, actions = [first.argmax(0)], []
-    for k in range(steps, 0, -1):
-        at = k - 1 if finite else -1
+    for t in range(steps):
+        action, following = plan[-1] if mdp.horizon is None else plan[steps - 1 - t]
         now = states[-1]
-        over = (now < 0) | mdp.terminal[now.clamp_min(0)]
-        action = scores[at][now.clamp_min(0), :, chains].argmax(1)
-        following = successors[at][now.clamp_min(0) * r.shape[1] + action, chains]
-        actions.append(torch.where(over, -1, action))
-        states.append(torch.where(over, -1, following))
-    if not finite and bool((~mdp.terminal[states[-1].clamp_min(0)] & (states[-1] >= 0)).any()):
+        at = now.clamp_min(0)
+        over = (now < 0) | mdp.terminal[at]
+        actions.append(torch.where(over, -1, action[at, chains]))
+        states.append(torch.where(over, -1, following[at, chains]))
+    last = states[-1]
+    if mdp.horizon is None and bool(((last >= 0) & ~mdp.terminal[last.clamp_min(0)]).any()):
         raise HorizonError(f"no terminal state was reached in max_length={steps} steps; raise it")
     result = torch.stack(states), torch.stack(actions)
     return MostLikelyTrajectory(_back(result[0], batch), _back(result[1], batch), first.amax(0).reshape(batch))
 
 
-def _max_product(mdp: Dynamics, base: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Scores max_{s'} ``[S, A, C]`` and the successors that attain them, by steps to go (or once, when stationary)."""
+def _max_product(mdp: Dynamics, base: Float[Tensor, "S A C"]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Log weight of the best way on ``[S, C]``, and its (action, next state) by decisions to go, or once for all."""
     transitions, (states, actions, chains) = mdp.transitions, base.shape
     log_value = transitions.value.log().unsqueeze(-1)
     ended = ~mdp.acts.reshape(-1, 1)
 
-    def look_ahead(value: Tensor) -> tuple[Tensor, Tensor]:
+    def look_ahead(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         entry = log_value + value[transitions.column]
         best = scatter_max(entry, transitions.row, states * actions)
         attained = torch.where(entry == best[transitions.row], transitions.column.unsqueeze(-1), -1)
@@ -247,22 +293,27 @@ def _max_product(mdp: Dynamics, base: Tensor, steps: int) -> tuple[list[Tensor],
         successor = torch.full((states * actions, chains), -1, device=base.device).scatter_reduce(
             0, index, attained, "amax"
         )
-        return base + torch.where(ended, 0.0, best).reshape(base.shape), successor
+        score, action = (base + torch.where(ended, 0.0, best).reshape(base.shape)).max(1)
+        return score, action, successor.reshape(base.shape).gather(1, action.unsqueeze(1)).squeeze(1)
 
     if mdp.horizon is not None:
-        value, scores, successors = torch.zeros_like(base[:, 0]), [], []
-        for _ in range(steps):
-            score, successor = look_ahead(value)
-            scores.append(score)
-            successors.append(successor)
-            value = score.amax(1)
-        return scores, successors
-    value = torch.full_like(base[:, 0], -torch.inf).masked_fill(mdp.terminal.unsqueeze(-1), 0.0)
+        value, plan = torch.zeros_like(base[:, 0]), []
+        for _ in range(mdp.horizon):
+            value, action, following = look_ahead(value)
+            plan.append((action, following))
+        return value, plan
+    # A plan changes only for a real gain, so that cycles of weight 0 are never entered.
+    largest = torch.cat([x[x.isfinite()].abs() for x in (base, log_value)]).amax()
+    margin = 8 * torch.finfo(base.dtype).eps * states * (1 + largest)
+    value = torch.full_like(base[:, 0], -torch.inf)
+    action = following = torch.full(value.shape, -1, device=value.device)
     for _ in range(states + 1):
-        score, successor = look_ahead(value)
-        if bool((score.amax(1) == value).all()):
-            return [score], [successor]
-        value = score.amax(1)
+        score, chosen, successor = look_ahead(value)
+        better = score > value + margin
+        if not bool(better.any()):
+            return value, [(action, following)]
+        value = torch.where(better, score, value)
+        action, following = torch.where(better, chosen, action), torch.where(better, successor, following)
     raise DivergenceError("a cycle of positive reward makes longer trajectories likelier without end; give a horizon")
 
 

@@ -175,7 +175,7 @@ def _chain_first(x: Tensor, batch: torch.Size) -> Tensor:
 # chain-last
 
 
-def backup(base: Float[Tensor, "S A C"], values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tensor, "S A C"]:
+def backup(base: Float[Tensor, "S A #C"], values: Float[Tensor, "S #C"], problem: SoftProblem) -> Tensor:
     """Q from the next state's values; ``base`` is r + log p(a|s)."""
     if problem.reading == "causal":
         return base + problem.transitions.expect(values).unflatten(0, base.shape[:2])

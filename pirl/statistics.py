@@ -73,7 +73,7 @@ class RowLayout:
         """``[*reward_batch, *event]`` -> ``[rows * event, C]``."""
         reward, _ = self._padded
         event = x.shape[x.dim() - event_dims :]
-        x = x.reshape(*reward, *event)
+        x = x.reshape((*reward, *event))
         others = [d for d in range(len(reward)) if d not in self.aligned and d not in self.free]
         order = [*self.aligned, *others, *range(len(reward), len(reward) + event_dims), *self.free]
         rows = self.num_rows * int(torch.Size(event).numel())
@@ -82,7 +82,7 @@ class RowLayout:
     def outputs(self, y: Float[Tensor, "n C"]) -> Tensor:
         """``[n, C]`` -> ``[*broadcast(reward_batch, value_batch)]``."""
         reward, value = self._padded
-        y = y.reshape(*value, *[reward[d] for d in self.free])
+        y = y.reshape((*value, *(reward[d] for d in self.free)))
         dims = len(value)
         for place, d in enumerate(self.free):
             y = y.transpose(d, dims + place)
@@ -162,7 +162,7 @@ def statistics(
     *,
     log_start: Float[Tensor, " S"] | None,
     log_probability: Any,
-    horizons: Int[Tensor, "*batch"] | None,
+    horizons: Int[Tensor, " n"] | None,
 ) -> Statistics:
     """Count one tensor of trajectories.
 
@@ -172,7 +172,7 @@ def statistics(
         layout: how rewards and episodes meet.
         log_start: log p(s_1), or None when starts are given (then Z is Z(s_1)).
         log_probability: function (s, a, s') -> log P(s'|s,a) of n transitions.
-        horizons: horizon of each episode; None when it is infinite.
+        horizons: horizon of each (flattened) episode; None when it is infinite.
     """
     num_states, num_actions = problem.log_prior.shape
     flat = value.reshape(-1, *value.shape[-2:])
@@ -182,9 +182,7 @@ def statistics(
     acting = action >= 0
     length = acting.sum(1)
     begun = state[:, 0] >= 0
-    horizon = (
-        torch.zeros_like(length) if horizons is None else horizons.expand(value.shape[:-2]).reshape(-1).contiguous()
-    )
+    horizon = torch.zeros_like(length) if horizons is None else horizons.contiguous()
     finite = problem.horizon is not None
     step_number = torch.arange(flat.shape[1], device=device)
     # Stationary values have no time: their only index is 0.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from pirl.errors import (
@@ -17,26 +17,13 @@ from pirl.errors import (
     InvalidTrajectoriesError,
     UnavailableActionError,
 )
+from pirl.transitions import Dynamics
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
 End = Literal["truncated", "terminated", "horizon"]
-
-
-class Dynamics(Protocol):
-    """What validation needs of a decision problem; :class:`pirl.TabularMDP` has it."""
-
-    @property
-    def initial(self) -> Float[Tensor, " S"]: ...
-    @property
-    def terminal(self) -> Bool[Tensor, " S"]: ...
-    @property
-    def log_prior(self) -> Float[Tensor, "S A"]: ...
-    @property
-    def horizon(self) -> int | None: ...
-    def probability(self, state: Tensor, action: Tensor, following: Tensor) -> Tensor: ...
 
 
 class Trajectories:
@@ -51,7 +38,7 @@ class Trajectories:
             reached a terminal state). "terminated": the last state is terminal, which is then checked. "horizon": the
             demonstrator knew that it would end there.
         horizons: the horizon that each demonstrator knew ``[N]``, where it differs from the length of an episode with
-            ends="horizon".
+            ends="horizon"; -1 where the decision problem's counts.
         subjects: number of the subject that each episode belongs to ``[N]``.
 
     Raises:
@@ -79,7 +66,14 @@ class Trajectories:
         subjects: Any = None,
         subject_names: Sequence[str] | None = None,
     ) -> None:
+        listed = zip(states, actions, strict=False) if isinstance(states, (list, tuple)) and lengths is None else ()
         states, actions = _integers(states, "states"), _integers(actions, "actions")
+        for episode, (visited, acted) in enumerate(listed):
+            if len(visited) - len(acted) not in (0, 1):
+                raise InvalidTrajectoriesError(
+                    f"trajectory {episode} has {len(visited)} states for {len(acted)} actions; "
+                    "expected as many, or one more"
+                )
         if states.shape[0] != actions.shape[0] or states.shape[1] - actions.shape[1] not in (0, 1):
             raise InvalidTrajectoriesError(
                 f"states {tuple(states.shape)} do not fit actions {tuple(actions.shape)}: "
@@ -87,11 +81,10 @@ class Trajectories:
             )
         if len(actions) == 0:
             warnings.warn("no demonstrations: the posterior will be the prior", EmptyTrajectoriesWarning, stacklevel=2)
-            states, actions, lengths = (torch.full((1, 1), -1) for _ in range(3))
-            lengths, ends, horizons, subjects = torch.zeros(1, dtype=torch.long), "truncated", None, None
+            states = actions = torch.full((1, 1), -1, device=actions.device)
+            lengths, ends, horizons, subjects = [0], "truncated", None, None
         count, steps = actions.shape
-        inferred = (actions >= 0).to(torch.long).cumprod(1).sum(1)
-        self.lengths = inferred if lengths is None else _column(lengths, count, "lengths").to(actions.device)
+        self.lengths = _lengths(actions) if lengths is None else _column(lengths, actions, "lengths")
         if bool(((self.lengths < 0) | (self.lengths > steps)).any()):
             raise InvalidTrajectoriesError(f"lengths must lie between 0 and {steps}, the number of action columns")
         self.ends: tuple[End, ...] = (ends,) * count if isinstance(ends, str) else tuple(ends)
@@ -99,8 +92,8 @@ class Trajectories:
             raise InvalidTrajectoriesError(
                 "ends must be 'truncated', 'terminated' or 'horizon', one for all or one for each episode"
             )
-        self.horizons = self._own_horizons(None if horizons is None else _column(horizons, count, "horizons"))
-        self.subjects = None if subjects is None else _column(subjects, count, "subjects").to(actions.device)
+        self.horizons = self._own_horizons(None if horizons is None else _column(horizons, actions, "horizons"))
+        self.subjects = None if subjects is None else _column(subjects, actions, "subjects")
         self.subject_names = None if subject_names is None else tuple(str(x) for x in subject_names)
         slots = max(int(self.lengths.max()), 0) + 1
         step = torch.arange(slots, device=actions.device)
@@ -114,12 +107,17 @@ class Trajectories:
         self.starts: Tensor = table[:, 0, 0]
 
     def _own_horizons(self, given: Tensor | None) -> Tensor | None:
-        own = torch.tensor([end == "horizon" for end in self.ends], device=self.lengths.device)
-        if given is not None:
-            if bool((given.to(own.device) < self.lengths).any()):
-                raise HorizonError("horizons must be at least as long as the episodes that knew them")
-            return given.to(own.device)
-        return torch.where(own, self.lengths, -1) if bool(own.any()) else None
+        known = torch.tensor([end == "horizon" for end in self.ends], device=self.lengths.device)
+        own = torch.where(known, self.lengths, -1)
+        own = own if given is None else torch.where(given >= 0, given, own)
+        short = (own >= 0) & (own < self.lengths)
+        if bool(short.any()):
+            episode = int(short.nonzero()[0])
+            raise HorizonError(
+                f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its horizon "
+                f"{int(own[episode])}"
+            )
+        return own if bool((own >= 0).any()) else None
 
     def _check_table(self, table: Tensor) -> None:
         step = torch.arange(table.shape[1], device=table.device)
@@ -166,10 +164,13 @@ class Trajectories:
         return self._with(_table=None)
 
     def __getitem__(self, index: Any) -> Trajectories:
-        """A subset of the episodes: a slice, a mask, or a list of numbers."""
-        index = torch.arange(len(self), device=self.lengths.device)[
-            torch.as_tensor(index) if isinstance(index, list) else index
-        ].reshape(-1)
+        """A subset of the episodes: a slice, a mask, or a list of numbers; an empty one warns, and is a blank one."""
+        numbers = torch.arange(len(self), device=self.lengths.device)
+        if isinstance(index, list):
+            index = torch.as_tensor(index, device=numbers.device) if index else slice(0)
+        index = numbers[index].reshape(-1)
+        if not len(index):
+            return Trajectories(self.lengths.new_zeros(0, 1), self.lengths.new_zeros(0, 1))
         pick = lambda x: None if x is None else x[index]  # noqa: E731
         return self._with(
             lengths=self.lengths[index],
@@ -253,6 +254,9 @@ class Trajectories:
             )
         has_subject = subject is not None and subject in data.columns
         keys = [subject, episode] if has_subject else [episode]
+        for name in (*keys, t):
+            if data[name].isna().any():
+                raise InvalidTrajectoriesError(f"column {name!r} has missing entries; only a last action may be")
         states, actions, owners = [], [], []
         for key, rows in data.groupby(keys, sort=True):
             rows = rows.sort_values(t)
@@ -275,15 +279,21 @@ class Trajectories:
 
         Works for a list of imitation trajectories, ``minari.load_dataset(...)`` and recorded Gymnasium rollouts alike.
         """
-        states, actions = [], []
+        states: list[Any] = []
+        actions: list[Any] = []
         ends: list[End] = []
         for episode in episodes:
             first = lambda *names: next((getattr(episode, n) for n in names if hasattr(episode, n)), None)  # noqa: B023, E731
             observed, acted = first("obs", "observations"), first("acts", "actions")
             if observed is None or acted is None:
+                if not isinstance(episode, (list, tuple)) or len(episode) != 2:
+                    raise InvalidTrajectoriesError(
+                        f"episode {len(states)} is a {type(episode).__name__}: expected (states, actions), "
+                        "or an object with obs and acts, or with observations and actions"
+                    )
                 observed, acted = episode
             terminal = first("terminal", "terminations")
-            done = terminal is not None and bool(torch.as_tensor(terminal).reshape(-1)[-1])
+            done = terminal is not None and bool(torch.as_tensor(terminal, device="cpu").reshape(-1)[-1])
             states.append(observed)
             actions.append(acted)
             ends.append("terminated" if done else "truncated")
@@ -379,21 +389,31 @@ def validate(
 
 
 def _integers(x: Any, name: str) -> Int[Tensor, "N T"]:
-    if isinstance(x, (list, tuple)) and not all(isinstance(row, int) for row in x):
-        rows = [_vector(row, f"{name}[{i}]") for i, row in enumerate(x)]
-        width = max((len(row) for row in rows), default=0)
-        return (
-            torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=-1) for row in rows])
-            if rows
-            else torch.zeros(0, 0).long()
+    if not isinstance(x, (list, tuple)):
+        return _vector(x, name, dims=2)
+    if not x:
+        return torch.zeros(0, 0, dtype=torch.long)
+    return torch.nn.utils.rnn.pad_sequence(
+        [_vector(row, f"{name}[{i}]") for i, row in enumerate(x)], batch_first=True, padding_value=-1
+    )
+
+
+def _lengths(actions: Int[Tensor, "N T"]) -> Int[Tensor, " N"]:
+    """Number of actions before the padding."""
+    acting = actions >= 0
+    lengths = acting.long().cumprod(1).sum(1)
+    gap = lengths < acting.sum(1)
+    if bool(gap.any()):
+        episode = int(gap.nonzero()[0])
+        raise InvalidTrajectoriesError(
+            f"trajectory {episode}, step {int(lengths[episode])}: the action is negative or missing"
         )
-    tensor = _vector(x, name, dims=2)
-    return tensor
+    return lengths
 
 
-def _vector(x: Any, name: str, dims: int = 1) -> Tensor:
+def _vector(x: Any, name: str, dims: int = 1, device: torch.device | None = None) -> Tensor:
     try:
-        tensor = torch.as_tensor(x)
+        tensor = torch.as_tensor(x, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidTrajectoriesError(f"{name} cannot be read as whole numbers") from None
     if tensor.numel() == 0:
@@ -407,8 +427,8 @@ def _vector(x: Any, name: str, dims: int = 1) -> Tensor:
     return tensor.to(torch.long)
 
 
-def _column(x: Any, count: int, name: str) -> Int[Tensor, " N"]:
-    column = _vector(x, name)
-    if len(column) != count:
-        raise InvalidTrajectoriesError(f"{name} has {len(column)} entries for {count} episodes")
+def _column(x: Any, actions: Int[Tensor, "N T"], name: str) -> Int[Tensor, " N"]:
+    column = _vector(x, name, device=actions.device)
+    if len(column) != len(actions):
+        raise InvalidTrajectoriesError(f"{name} has {len(column)} entries for {len(actions)} episodes")
     return column

@@ -10,10 +10,10 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
@@ -102,6 +102,49 @@ class TransitionMap(SparseMap):
         position = torch.repeat_interleave(torch.arange(len(pair), device=pair.device), count)
         first = (self.row_count.cumsum(0) - self.row_count)[pair] - (count.cumsum(0) - count)
         return position, torch.arange(len(position), device=pair.device) + first[position]
+
+
+@runtime_checkable
+class Dynamics(Protocol):
+    """What the recursions, planning and validation need of a decision problem; :class:`pirl.TabularMDP` has it."""
+
+    @property
+    def transitions(self) -> TransitionMap:
+        """P(s'|s,a) of pairs that act."""
+
+    @property
+    def log_prior(self) -> Float[Tensor, "S A"]:
+        """log p(a|s)."""
+
+    @property
+    def acts(self) -> Bool[Tensor, "S A"]:
+        """Pairs that a decision can lead to."""
+
+    @property
+    def terminal(self) -> Bool[Tensor, " S"]:
+        """States where episodes end."""
+
+    @property
+    def initial(self) -> Float[Tensor, " S"]:
+        """p(s_1)."""
+
+    @property
+    def discount(self) -> float:
+        """g."""
+
+    @property
+    def horizon(self) -> int | None:
+        """Number of decisions, or None."""
+
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """Room for what is derived from the tables once."""
+
+    def check_reward(self, reward: Tensor) -> Float[Tensor, "*batch S A"]:
+        """Broadcast a reward to ``[*batch, S, A]``, or refuse it."""
+
+    def probability(self, state: Tensor, action: Tensor, following: Tensor) -> Tensor:
+        """P(s'|s,a) of listed transitions."""
 
 
 def _matrix(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:

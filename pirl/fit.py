@@ -1,0 +1,207 @@
+"""``pirl.fit``: one call from a Pyro model and its arguments to a posterior in an :class:`xarray.DataTree`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pirl.errors import OptionError
+from pirl.infer import Potential, get_engine
+from pirl.infer.datatree import Named, describe, to_datatree
+from pirl.infer.engine import own_generator, reseed
+
+if TYPE_CHECKING:
+    import xarray
+
+START_STREAM = 1021
+
+
+def fit(
+    model: Callable[..., Any],
+    *args: Any,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    engine: str = "nuts",
+    num_chains: int = 4,
+    num_warmup: int = 1000,
+    num_samples: int = 1000,
+    thin: int = 1,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    num_posterior_predictive: int = 500,
+    num_prior: int = 500,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> xarray.DataTree:
+    """Infer the posterior of a Pyro model and return everything that ArviZ can use.
+
+    The result has the groups posterior, sample_stats, log_likelihood (of each observation), log_prior (of each latent
+    site), posterior_predictive, prior, prior_predictive, observed_data and constant_data. Dims are named after plates
+    and after ``infer={"dims": [...]}`` of the sites.
+
+    The run is float64 unless the first argument with a floating ``dtype`` says otherwise: torch's default dtype and
+    device are set for the length of the call, so that ``dist.Normal(0.0, 1.0)`` in the model follows the data.
+    Nothing global is left changed: neither dtype, device, random state and validation, nor Pyro's parameter store.
+    Modules among the arguments are copied.
+
+    Args:
+        model: a Pyro model with continuous latent sites.
+        args: its arguments. One with ``unobserved()`` is replaced by what that returns when the model simulates; one
+            with ``constant_data()`` describes itself in the group constant_data, where tensors and arrays go as well.
+        coords: labels by dim.
+        dims: names of the last dims by site or argument, where the model does not give them.
+        engine: "nuts" (exact), "svi" or "laplace" (approximations).
+        num_chains, num_warmup, num_samples: chains, and steps a chain; the approximations need no warm-up and return
+            one chain of ``num_chains * num_samples`` independent draws.
+        thin: keep every thin-th draw.
+        seed: reproduces every number exactly on the same machine.
+        device, dtype: move the arguments there first. Tensors that a model closes over stay where they are.
+        progress: draw a bar, on terminals only.
+        num_posterior_predictive, num_prior: draws to simulate; 0 leaves the groups out.
+        model_kwargs: keyword arguments of the model. A keyword that the model's signature names may also be given
+            directly, where it is none of the above.
+        options: options of the engine.
+
+    Raises:
+        OptionError: an unknown engine or option, or labels that do not fit.
+        ModelError: the model is not one that the engine can sample (and its subclasses, see the engine).
+
+    Example:
+        >>> posterior = pirl.fit(model, demos, mdp, features, coords={"feature": names}, seed=1)
+        >>> posterior.posterior["weights"].mean(("chain", "draw"))
+    """
+    began = time.perf_counter()
+    run = get_engine(engine)
+    counts = {"num_chains": num_chains, "num_samples": num_samples, "thin": thin}
+    for name, count in counts.items():
+        if count < 1:
+            raise OptionError(f"{name} is {count}, but must be at least 1")
+    named = set(inspect.signature(model).parameters)
+    kwargs = {name: options.pop(name) for name in list(options) if name in named} | dict(model_kwargs or {})
+    _check_options(engine, run, options)
+    everything = [*args, *kwargs.values()]
+    given = device is not None or dtype is not None
+    dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
+    dtype = dtype or torch.float64
+    device = torch.device(device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu")
+    args = tuple(_moved(value, device, dtype, given) for value in args)
+    kwargs = {name: _moved(value, device, dtype, given) for name, value in kwargs.items()}
+    with _surroundings(device, dtype):
+        reseed(seed, START_STREAM)
+        potential = Potential(model, args, kwargs, subsampling=engine == "svi")
+        draws = run(potential, num_chains=num_chains, num_warmup=num_warmup, num_samples=num_samples, seed=seed,
+                    progress=progress, **options)
+        draws.values = {name: value[:, ::thin] for name, value in draws.values.items()}
+        draws.stats = {name: value[:, ::thin] for name, value in draws.stats.items()}
+        sampled = time.perf_counter()
+        groups = describe(
+            potential, draws, unobserved=(_unobserved(args), dict(zip(kwargs, _unobserved(kwargs.values()), strict=True))),
+            num_posterior_predictive=num_posterior_predictive, num_prior=num_prior, seed=seed, dims=dims or {},
+        )
+    groups["constant_data"] = _constant_data(_bound(model, args, kwargs), dims or {})
+    groups |= draws.extra
+    attrs = {
+        **_versions(), "created_at": datetime.now(UTC).isoformat(), "engine": engine, "seed": seed,
+        "num_chains": num_chains, "tuning_steps": num_warmup, "num_samples": num_samples, "thin": thin,
+        "dtype": str(dtype).removeprefix("torch."), "device": str(device), "sampling_time": sampled - began,
+        "wall_time": time.perf_counter() - began, **draws.attrs,
+    }
+    return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
+
+
+def _check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    common = ("potential", "num_chains", "num_warmup", "num_samples", "seed", "progress")
+    known = [name for name in inspect.signature(run).parameters if name not in common]
+    for name in options:
+        if name not in known:
+            raise OptionError(f"engine {engine!r} has no option {name!r}; its options are {', '.join(known)}")
+
+
+def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -> Any:
+    found = (getattr(value, attribute, None) for value in values)
+    return next((value for value in found if fits(value)), None)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) -> Any:
+    """Move one argument: floating tensors always follow the run; objects with ``to`` when asked, or if they differ."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).to(device=device, dtype=dtype)
+    differs = getattr(value, "dtype", dtype) != dtype or getattr(value, "device", device) != device
+    if hasattr(value, "to") and (given or differs):
+        return value.to(device=device, dtype=dtype)
+    return value
+
+
+@contextmanager
+def _surroundings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype and device, and give Pyro an empty parameter store; restore all of them."""
+    import pyro
+
+    before = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, before)
+        torch.set_default_dtype(dtype)
+        if device != torch.empty(0).device:
+            stack.enter_context(device)  # only where needed: it slows every call into torch
+        stack.enter_context(own_generator())
+        stack.enter_context(pyro.get_param_store().scope())
+        yield
+
+
+def _unobserved(values: Any) -> tuple:
+    return tuple(value.unobserved() if hasattr(value, "unobserved") else value for value in values)
+
+
+def _bound(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of the model by its parameters; a variadic parameter is numbered."""
+    signature = inspect.signature(model)
+    bound: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            bound |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= value
+        else:
+            bound[name] = value
+    return bound
+
+
+def _constant_data(arguments: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> Named:
+    """Keep what the arguments say about themselves, and plain arrays under the name of their parameter."""
+    constant: Named = {}
+    for name, value in arguments.items():
+        if hasattr(value, "constant_data"):
+            constant |= value.constant_data()
+        elif isinstance(value, (Tensor, np.ndarray)):
+            array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+            names = tuple(dims.get(name, ()))
+            constant[name] = ((*names, *(None,) * (array.ndim - len(names))), array)
+    return constant
+
+
+def _versions() -> dict[str, str]:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "unknown"
+
+    return {
+        "inference_library": "pirl", "inference_library_version": of("pirl"), "pyro_version": of("pyro-ppl"),
+        "torch_version": of("torch"), "arviz_base_version": of("arviz-base"),
+    }

@@ -1,0 +1,240 @@
+"""Figures of posteriors and of rewards, with matplotlib; a function draws on given Axes, or returns a Figure.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart; maps are perceptually uniform.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pirl.errors import OptionError
+
+if TYPE_CHECKING:
+    import xarray
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE = "#0072B2", "#D55E00"
+# Numbers that get a density each; more are drawn as a forest of intervals, up to where that is legible.
+MOST_DENSITIES, MOST_INTERVALS = 6, 60
+
+
+def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | None = None) -> Figure:
+    """Draw the posterior of every parameter, with reference values where they are known.
+
+    Up to six numbers get a density with median and 90% interval, and two of them their joint distribution as well;
+    more are drawn as a forest of intervals. Parameters of more than 60 elements are left out: they belong on a map
+    (:func:`plot_reward_map`).
+
+    Args:
+        posterior: what :func:`pirl.fit` returned. The attribute ``long_name`` of a parameter labels its axis.
+        reference: ``{"label": ..., "values": {name: ...}, "standard_errors": {name: ...}}``; by default what
+            ``pirl fit`` kept in the posterior's attributes.
+
+    Raises:
+        OptionError: every parameter is too large.
+
+    Example:
+        >>> plot_posterior(posterior, {"label": "truth", "values": {"mu": 0.5}}).savefig("mu.png")  # doctest: +SKIP
+    """
+    if reference is None:
+        reference = json.loads(posterior.attrs.get("reference", "null"))
+    label = reference["label"] if reference else "reference"
+    quantities = _quantities(posterior["posterior"].to_dataset(), reference or {})
+    count = len(quantities)
+    if count == 0:
+        raise OptionError(f"no parameter has at most {MOST_INTERVALS} elements: draw maps with plot_reward_map")
+    if count > MOST_DENSITIES:
+        figure = _figure(7, 1.6 + 0.25 * count)
+        plot_forest(
+            figure.subplots(),
+            {quantity.name: quantity.draws for quantity in quantities},
+            {quantity.name: quantity.at for quantity in quantities if quantity.at is not None},
+            label,
+        )
+    else:
+        columns = 2 if count in (2, 4) else min(count, 3)
+        rows = -(-count // columns)
+        joint = count == 2
+        figure = _figure(9.5, 5) if joint else _figure(4.2 * columns, 3.2 * rows)
+        if joint:
+            axes = figure.subplot_mosaic("AC;BC", width_ratios=(1, 1.15))
+            panels = [axes["A"], axes["B"]]
+            first, second = quantities
+            at = None if first.at is None or second.at is None else (first.at, second.at)
+            plot_joint(axes["C"], first.draws, second.draws, at, label)
+            axes["C"].set(xlabel=first.label, ylabel=second.label)
+        else:
+            panels = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+        for ax, quantity in zip(panels, quantities, strict=True):
+            plot_density(ax, quantity.draws, quantity.at, quantity.error, label)
+            ax.set_xlabel(quantity.label)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(_title(posterior))
+    return figure
+
+
+def plot_density(
+    ax: Axes, draws: ArrayLike, reference: float | None = None, error: float | None = None, label: str = "reference"
+) -> None:
+    """Draw the density of one parameter, its median and 90% interval, and a reference value with its standard error."""
+    from arviz_stats.base import array_stats
+
+    draws = np.asarray(draws).ravel()
+    low, median, high = np.quantile(draws, [0.05, 0.5, 0.95])
+    place, density, _ = array_stats.kde(draws)
+    ax.plot(place, density, color=BLUE, label="posterior density")
+    ax.fill_between(place, density, where=(place >= low) & (place <= high), color=BLUE, alpha=0.2, label="90% interval")
+    ax.vlines(median, 0, np.interp(median, place, density), color=BLUE, linestyle=":", label="median")
+    ax.set_title(f"median {median:.3g}, 90% from {low:.3g} to {high:.3g}", fontsize="medium")
+    if reference is not None:
+        name = label if error is None else f"{label} $\\pm$ standard error"
+        # Below the curve, so that it hides nothing; the axis reaches down for it.
+        ax.errorbar(
+            reference, -0.07 * density.max(), xerr=error, fmt="D", color=ORANGE, markersize=5, capsize=3, label=name
+        )
+    ax.set_ylim(-0.14 * density.max(), 1.08 * density.max())
+    ax.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    ax.set_yticks([])
+    ax.spines[["left", "top", "right"]].set_visible(False)
+
+
+def plot_joint(
+    ax: Axes,
+    first: ArrayLike,
+    second: ArrayLike,
+    reference: tuple[float, float] | None = None,
+    label: str = "reference",
+) -> None:
+    """Scatter the draws of two parameters against each other, with a reference point and their correlation."""
+    first, second = np.asarray(first).ravel(), np.asarray(second).ravel()
+    some = np.linspace(0, len(first) - 1, min(len(first), 2000)).astype(int)
+    ax.scatter(first[some], second[some], s=5, color=BLUE, alpha=0.3, linewidths=0, rasterized=True)
+    if reference is not None:
+        ax.plot(*reference, "D", color=ORANGE, markersize=7, markeredgecolor="white", label=label)
+    ax.set_title(f"{len(some):,} draws, correlation {np.corrcoef(first, second)[0, 1]:.2f}", fontsize="medium")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def plot_forest(
+    ax: Axes, draws: Mapping[str, ArrayLike], reference: Mapping[str, float] | None = None, label: str = "reference"
+) -> None:
+    """Draw the median, 50% and 90% interval of many numbers below each other, with reference values by name."""
+    height = np.arange(len(draws))
+    low, lower, median, upper, high = np.quantile(
+        [np.asarray(values).ravel() for values in draws.values()], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1
+    )
+    ax.hlines(height, low, high, color=BLUE, linewidth=1.2, label="90% interval")
+    ax.hlines(height, lower, upper, color=BLUE, linewidth=4, label="50% interval")
+    ax.plot(median, height, "o", color="white", markeredgecolor=BLUE, markersize=5, label="median")
+    reference = reference or {}
+    known = [(reference[name], at) for name, at in zip(draws, height, strict=True) if name in reference]
+    if known:
+        ax.plot(*zip(*known, strict=True), "D", color=ORANGE, markersize=5, label=label)
+    ax.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    ax.set_yticks(height, list(draws))
+    ax.set_ylim(len(draws) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["left", "top", "right"]].set_visible(False)
+    # Above the rows: a forest has no free corner.
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small")
+
+
+def plot_reward_map(
+    ax: Axes,
+    values: ArrayLike,
+    rows: int,
+    cols: int,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+    label: str = "reward",
+) -> None:
+    """Draw one number a cell of a grid ``[rows * cols]``, such as the mean or sd of a reward, with a colour bar.
+
+    Args:
+        limits: values at the ends of the colour scale, to make several maps comparable.
+
+    Raises:
+        OptionError: there are more or fewer values than cells.
+    """
+    values = np.asarray(values)
+    if values.size != rows * cols:
+        raise OptionError(f"{values.size} values for a map of {rows} x {cols} cells: expected {rows * cols}")
+    low, high = limits or (values.min(), values.max())
+    image = ax.imshow(values.reshape(rows, cols), cmap="viridis", vmin=low, vmax=high)
+    ax.set(title=title, xlabel="column", ylabel="row")
+    # Whole numbers only, and not too many.
+    ax.set_xticks(np.arange(0, cols, -(-cols // 10)))
+    ax.set_yticks(np.arange(0, rows, -(-rows // 10)))
+    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
+
+
+def plot_reward_posterior(
+    rewards: ArrayLike, rows: int, cols: int, truth: ArrayLike | None = None, truth_label: str = "truth"
+) -> Figure:
+    """Draw maps of the posterior mean and sd of a state reward ``[draws, rows * cols]``, and of the truth if known.
+
+    The mean and the truth share their colour scale.
+    """
+    rewards = np.asarray(rewards).reshape(-1, rows * cols)
+    mean = rewards.mean(axis=0)
+    shared = mean if truth is None else np.concatenate([mean, np.ravel(truth)])
+    limits = (float(shared.min()), float(shared.max()))
+    panels = [("posterior mean", mean, limits, "reward"), ("posterior sd", rewards.std(axis=0, ddof=1), None, "sd")]
+    if truth is not None:
+        panels.insert(0, (truth_label, np.ravel(truth), limits, "reward"))
+    figure = _figure(4.3 * len(panels), 3.9)
+    for ax, (title, values, ends, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        plot_reward_map(ax, values, rows, cols, title, ends, name)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not by pyplot: no window opens, and no backend is chosen for the user.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """One number of the posterior: a scalar parameter, or an element of a larger one."""
+
+    name: str
+    label: str
+    draws: np.ndarray[Any, Any]
+    at: float | None
+    error: float | None
+
+
+def _quantities(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> list[_Quantity]:
+    quantities = []
+    for name, data in posterior.data_vars.items():
+        shape = data.shape[2:]
+        if np.prod(shape) > MOST_INTERVALS:
+            continue
+        known = [reference.get(key, {}).get(name) for key in ("values", "standard_errors")]
+        known = [None if numbers is None else np.broadcast_to(numbers, shape) for numbers in known]
+        for index in np.ndindex(shape):
+            element = ",".join(str(data[dim].values[i]) for dim, i in zip(data.dims[2:], index, strict=True))
+            at, error = (None if numbers is None else float(numbers[index]) for numbers in known)
+            suffix = f"[{element}]" if element else ""
+            label = data.attrs.get("long_name", name) + (f" {suffix}" if suffix else "")
+            quantities.append(_Quantity(f"{name}{suffix}", label, data.values[(..., *index)], at, error))
+    return quantities
+
+
+def _title(posterior: xarray.DataTree) -> str:
+    attrs, sizes = posterior.attrs, posterior["posterior"].sizes
+    options = json.loads(attrs.get("options", "{}"))
+    words = [f"{key}={value}" for key, value in options.items() if value is not None]
+    what = f"Posterior of {attrs['model']} ({', '.join(words)})" if "model" in attrs else "Posterior"
+    return f"{what}\n{attrs.get('engine', '')}: {sizes['chain'] * sizes['draw']:,} draws"

@@ -1,0 +1,133 @@
+"""Rewards as functions of parameters: linear, tabular and neural, giving ``[*batch, S, A]``.
+
+A reward of the state alone keeps a last dimension of 1, which broadcasts over actions wherever pirl takes a reward.
+Leading batch dimensions (chains, particles, posterior draws) pass through, and so does ``torch.func.vmap``.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pirl.errors import InvalidRewardError
+
+
+def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S A"]:
+    """Reward ``features . weights``.
+
+    Args:
+        features: ``[S, K]`` of states, or ``[S, A, K]`` of state-action pairs.
+        weights: ``[*batch, K]``.
+
+    Returns:
+        ``[*batch, S, 1]`` or ``[*batch, S, A]``.
+
+    Raises:
+        InvalidRewardError: the shapes or types do not fit.
+
+    Example:
+        >>> linear_reward(torch.eye(3), torch.tensor([0.0, 1.0, 2.0])).shape
+        torch.Size([3, 1])
+    """
+    if features.dim() not in (2, 3):
+        raise InvalidRewardError(f"features have shape {tuple(features.shape)}; expected [S, K] or [S, A, K]")
+    num_features = features.shape[-1]
+    if weights.dim() < 1 or weights.shape[-1] != num_features:
+        raise InvalidRewardError(f"weights have shape {tuple(weights.shape)}; expected [*batch, {num_features}]")
+    _require_same(features, weights, "weights")
+    reward = weights @ features.reshape(-1, num_features).mT
+    pairs = (features.shape[0], 1) if features.dim() == 2 else features.shape[:2]
+    return reward.reshape(*weights.shape[:-1], *pairs)
+
+
+def tabular_reward(values: Tensor) -> Float[Tensor, "*batch S 1"]:
+    """One number a state ``[*batch, S]``, received whatever the action: ``[*batch, S, 1]``.
+
+    A table r(s, a) ``[*batch, S, A]`` is a reward already and needs no function.
+
+    Raises:
+        InvalidRewardError: ``values`` has no dimension, or is not of a floating type.
+
+    Example:
+        >>> tabular_reward(torch.zeros(4, 7)).shape
+        torch.Size([4, 7, 1])
+    """
+    if values.dim() < 1 or not values.is_floating_point():
+        raise InvalidRewardError(
+            f"values are {values.dtype} of shape {tuple(values.shape)}; expected a floating tensor [*batch, S]"
+        )
+    return values.unsqueeze(-1)
+
+
+def neural_reward(network: nn.Module, features: Tensor) -> Float[Tensor, "*batch S A"]:
+    """A network's reward of every state, or of every state-action pair.
+
+    Args:
+        network: any module, with its own parameters or with parameters that Pyro samples. From ``[S, D]`` it gives
+            ``[*batch, S, 1]`` or ``[*batch, S, A]``, from ``[S, A, D]`` ``[*batch, S, A, 1]`` or ``[*batch, S, A]``.
+        features: ``[S, D]`` or ``[S, A, D]``.
+
+    Returns:
+        ``[*batch, S, 1]`` or ``[*batch, S, A]``.
+
+    Raises:
+        InvalidRewardError: the shapes do not fit.
+
+    Example:
+        >>> neural_reward(nn.Linear(2, 1), torch.zeros(5, 2)).shape
+        torch.Size([5, 1])
+    """
+    if features.dim() not in (2, 3):
+        raise InvalidRewardError(f"features have shape {tuple(features.shape)}; expected [S, D] or [S, A, D]")
+    reward = network(features)
+    pairs = features.shape[:-1]
+    if len(pairs) == 2 and reward.shape[-3:] == (*pairs, 1):
+        reward = reward.squeeze(-1)
+    fits = reward.dim() >= 2 and (reward.shape[-2:] == pairs if len(pairs) == 2 else reward.shape[-2] == pairs[0])
+    if not fits:
+        expected = ", ".join(map(str, (*pairs, 1)))
+        raise InvalidRewardError(f"the network gave shape {tuple(reward.shape)}; expected [*batch, {expected}]")
+    return reward
+
+
+def expected_reward(reward_sas: Tensor, transition: Tensor) -> Float[Tensor, "*batch S A"]:
+    """Mean of r(s, a, s') over the next state: sum over s' of P(s'|s,a) r(s, a, s').
+
+    Right for the causal reading of exp(r) only, whose soft Bellman equation is linear in the reward. The trajectory
+    reading needs E exp(r), which is more than exp(E r) wherever the reward depends on chance.
+
+    Args:
+        reward_sas: ``[*batch, S, A, S]``.
+        transition: dense ``[S, A, S]``, or sparse ``[S * A, S]`` with row ``s * A + a``.
+
+    Raises:
+        InvalidRewardError: the shapes or types do not fit.
+
+    Example:
+        >>> expected_reward(torch.tensor([[[1.0, 3.0]], [[0.0, 0.0]]]), torch.full((2, 1, 2), 0.5))
+        tensor([[2.],
+                [0.]])
+    """
+    dense = transition.layout == torch.strided
+    num_states = transition.shape[-1]
+    table = tuple(transition.shape) if dense else (num_states, transition.shape[0] // num_states, num_states)
+    if reward_sas.shape[-3:] != table:
+        raise InvalidRewardError(
+            f"reward_sas has shape {tuple(reward_sas.shape)}; expected [*batch, S, A, S] = {table}"
+        )
+    _require_same(transition, reward_sas, "reward_sas")
+    if dense:
+        return (reward_sas * transition).sum(dim=-1)
+    entries = transition.to_sparse_coo().coalesce()
+    row, column = entries.indices()
+    weighted = reward_sas.flatten(-3, -2)[..., row, column] * entries.values()
+    reward = weighted.new_zeros(*reward_sas.shape[:-3], transition.shape[0]).index_add(-1, row, weighted)
+    return reward.unflatten(-1, table[:2])
+
+
+def _require_same(reference: Tensor, other: Tensor, name: str) -> None:
+    if not other.is_floating_point() or other.dtype != reference.dtype or other.device != reference.device:
+        raise InvalidRewardError(
+            f"{name}: got {other.dtype} on {other.device}; expected floating {reference.dtype} on {reference.device}"
+        )
