@@ -178,7 +178,7 @@ def _chain_first(x: Tensor, batch: torch.Size) -> Tensor:
 def backup(base: Float[Tensor, "S A #C"], values: Float[Tensor, "S #C"], problem: SoftProblem) -> Tensor:
     """Q from the next state's values; ``base`` is r + log p(a|s)."""
     if problem.reading == "causal":
-        return base + problem.transitions.expect(values).unflatten(0, base.shape[:2])
+        return problem.transitions.apply_plus(base.flatten(0, 1), values).unflatten(0, base.shape[:2])
     return base + log_expect(values, problem).unflatten(0, base.shape[:2])
 
 
@@ -214,8 +214,14 @@ def finite_values(base: Float[Tensor, "S A C"], problem: SoftProblem, horizon: i
     """Backward scan: V_0 = 0, V_k = logsumexp_a Q(V_{k-1})."""
     values = base.new_zeros(horizon + 1, base.shape[0], base.shape[2])
     for k in range(1, horizon + 1):
-        values[k] = torch.logsumexp(backup(base, values[k - 1], problem), 1)
+        values[k] = _log_sum_exp(backup(base, values[k - 1], problem))
     return values
+
+
+def _log_sum_exp(q: Float[Tensor, "S A C"]) -> Float[Tensor, "S C"]:
+    """logsumexp over actions, overwriting ``q``: each state has an action, so no row is all -inf."""
+    top = q.amax(1, keepdim=True)
+    return q.sub_(top).exp_().sum(1).log_().add_(top.squeeze(1))
 
 
 def occupancy_step(
@@ -223,7 +229,7 @@ def occupancy_step(
 ) -> tuple[Float[Tensor, "S A C"], Float[Tensor, "S C"]]:
     """One step of the adjoint: (visits to pairs, flow into next states) of ``weight`` visits to states."""
     if problem.reading == "causal":
-        policy = (backup(base, following, problem) - values.unsqueeze(1)).exp()
+        policy = backup(base, following, problem).sub_(values.unsqueeze(1)).exp_()
         visits = weight.unsqueeze(1) * policy
         return visits, problem.transitions.flow(visits.flatten(0, 1))
     norm = log_expect(following, problem)
@@ -250,7 +256,7 @@ def _adjoint(reward: Tensor, values: Tensor, cotangent: Tensor, problem: SoftPro
         weight = cotangent[problem.horizon]
         for k in range(problem.horizon, 0, -1):
             step, flow = occupancy_step(base, values[k], values[k - 1], weight, problem)
-            visits = visits + step
+            visits += step
             weight = cotangent[k - 1] + flow
     return _chain_first(visits, reward.shape[:-2])
 

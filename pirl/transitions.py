@@ -54,11 +54,17 @@ class SparseMap:
 
     def apply(self, x: Float[Tensor, "inputs C"]) -> Float[Tensor, "outputs C"]:
         """``matrix @ x``."""
-        return _Product.apply(x, self, False)
+        return _Product.apply(x, self, False) if _differentiated(x) else self.matrix @ x
 
     def adjoint(self, y: Float[Tensor, "outputs C"]) -> Float[Tensor, "inputs C"]:
         """``matrix.T @ y``."""
-        return _Product.apply(y, self, True)
+        return _Product.apply(y, self, True) if _differentiated(y) else self.transposed @ y
+
+    def apply_plus(self, base: Float[Tensor, "outputs #C"], x: Float[Tensor, "inputs C"]) -> Float[Tensor, "outputs C"]:
+        """``base + matrix @ x``, in one pass over memory where nothing is differentiated."""
+        if _differentiated(x) or _differentiated(base) or base.shape[1] != x.shape[1]:
+            return base + self.apply(x)
+        return torch.addmm(base, self.matrix, x)
 
     def __getstate__(self) -> dict[str, Any]:
         # Cached matrices are rebuilt on demand: CSR tensors make pickles large and warn when they are read.
@@ -145,6 +151,11 @@ class Dynamics(Protocol):
 
     def probability(self, state: Tensor, action: Tensor, following: Tensor) -> Tensor:
         """P(s'|s,a) of listed transitions."""
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether autograd or a torch.func transform watches; otherwise a Function's overhead buys nothing."""
+    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _matrix(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
