@@ -20,7 +20,6 @@ from pirl.errors import HorizonError, InvalidTrajectoriesError
 from pirl.mdp import TabularMDP
 from pirl.message_passing import (
     action_values,
-    is_transformed,
     log_policy_to_go,
     require_finite,
     require_finite_reward,
@@ -29,6 +28,7 @@ from pirl.message_passing import (
 from pirl.soft_values import Reading, SoftProblem, log_expect, soft_values
 from pirl.statistics import RowLayout, Statistics, known_horizon, memoised, statistics
 from pirl.trajectories import validate
+from pirl.transitions import is_transformed
 
 _SAMPLED_AT_ONCE = 2**23
 

@@ -32,7 +32,7 @@ from pirl.soft_values import (
     soft_adjoint,
     soft_values,
 )
-from pirl.transitions import Dynamics, TransitionMap, solve_system
+from pirl.transitions import Dynamics, TransitionMap, is_transformed, solve_system
 
 
 class Messages(NamedTuple):
@@ -97,7 +97,7 @@ def soft_problem(
 
 
 def checked_values(mdp: Dynamics, reward: Tensor, problem: SoftProblem, solver: Solver = "auto") -> Tensor:
-    """:func:`pirl.soft_values.soft_values`, raising where a row is not finite.
+    """:func:`pirl.soft_values.soft_values`, raising where a row is not finite (see :func:`is_checked`).
 
     Raises:
         InvalidRewardError: the reward is NaN or infinite somewhere that matters.
@@ -106,14 +106,17 @@ def checked_values(mdp: Dynamics, reward: Tensor, problem: SoftProblem, solver: 
     """
     reward = mdp.check_reward(reward)
     values = soft_values(reward, problem, solver)
-    if not is_transformed(values):
+    if is_checked(values):
         require_finite(reward, values, problem)
     return values
 
 
-def is_transformed(x: Tensor) -> bool:
-    """Whether a torch.func transform is at work, under which values cannot be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+def is_checked(x: Tensor) -> bool:
+    """Whether to look at values and raise: not under a torch.func transform, nor while validation is off.
+
+    Engines switch torch's validation off inside their loops, where one bad proposal must not end the run.
+    """
+    return torch.distributions.Distribution._validate_args and not is_transformed(x)
 
 
 def require_finite(reward: Tensor, values: Tensor, problem: SoftProblem) -> None:

@@ -18,9 +18,12 @@ horizon.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -29,7 +32,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pirl.errors import OptionError
-from pirl.transitions import DENSE_STATES, TransitionMap, scatter_max, solve_system
+from pirl.transitions import DENSE_STATES, TransitionMap, is_transformed, scatter_max, solve_system
 
 Reading = Literal["causal", "trajectory"]
 Solver = Literal["auto", "newton", "value_iteration"]
@@ -64,6 +67,13 @@ class SoftProblem:
     stop: float
     horizon: int | None
 
+    @cached_property
+    def number(self) -> int:
+        """What torch's operators call this problem."""
+        number = next(_numbers)
+        _problems[number] = self
+        return number
+
 
 def soft_values(reward: Float[Tensor, "*batch S A"], problem: SoftProblem, solver: Solver = "auto") -> Tensor:
     """Soft state values: ``[*batch, K + 1, S]`` by decisions to go (finite horizon K) or ``[*batch, S]`` (infinite).
@@ -85,13 +95,43 @@ def soft_adjoint(
     return _SoftAdjoint.apply(reward, values, cotangent, problem)
 
 
+# The recursions are operators of torch, so that a tracer (make_fx, torch.compile) records one call, and not the steps
+# that its example happened to take. An operator takes no objects: it knows problems by their numbers.
+_problems: WeakValueDictionary[int, SoftProblem] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op(
+    "pirl::soft_values", mutates_args=(), schema="(Tensor reward, int problem, str solver) -> Tensor"
+)
+def _values_operator(reward: Tensor, problem: int, solver: Any) -> Tensor:
+    return _values(reward, _problems[problem], solver)
+
+
+@torch.library.custom_op(
+    "pirl::soft_adjoint",
+    mutates_args=(),
+    schema="(Tensor reward, Tensor values, Tensor cotangent, int problem) -> Tensor",
+)
+def _adjoint_operator(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int) -> Tensor:
+    return _adjoint(reward, values, cotangent, _problems[problem])
+
+
+@_values_operator.register_fake
+def _(reward: Tensor, problem: int, solver: str) -> Tensor:
+    horizon = _problems[problem].horizon
+    return reward.new_empty(*reward.shape[:-2], *(() if horizon is None else (horizon + 1,)), reward.shape[-2])
+
+
+@_adjoint_operator.register_fake
+def _(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int) -> Tensor:
+    return torch.empty_like(reward)
+
+
 class _SoftValues(Function):
     @staticmethod
     def forward(reward: Tensor, problem: SoftProblem, solver: Solver) -> Tensor:
-        base = _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
-        if problem.horizon is None:
-            return _chain_first(stationary_values(base, problem, solver), reward.shape[:-2])
-        return _chain_first(finite_values(base, problem, problem.horizon), reward.shape[:-2])
+        return _values_operator(reward, problem.number, solver)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -111,7 +151,7 @@ class _SoftValues(Function):
 class _SoftAdjoint(Function):
     @staticmethod
     def forward(reward: Tensor, values: Tensor, cotangent: Tensor, problem: SoftProblem) -> Tensor:
-        return _adjoint(reward, values, cotangent, problem)
+        return _adjoint_operator(reward, values, cotangent, problem.number)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,9 +227,9 @@ def log_expect(values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tens
     transitions, ended = problem.transitions, problem.ended.reshape(-1, 1)
     top = values.detach().amax(0)
     total = transitions.expect((values - top).exp()) + ended
-    # One shift for all rows is exact until some row's terms all fall below the smallest normal number; only then
-    # shift row by row.
-    if bool((total > torch.finfo(total.dtype).tiny * 2.0**52).all()):
+    # One shift for all rows is exact until some row's terms all fall below the smallest normal number; only then, or
+    # where a transform hides the numbers, shift row by row.
+    if not is_transformed(values) and bool((total > torch.finfo(total.dtype).tiny * 2.0**52).all()):
         result = total.log() + (1 - ended) * top
     else:
         entry = transitions.value.log().unsqueeze(-1) + values[transitions.column]
@@ -243,6 +283,13 @@ def occupancy_step(
     # The spread of values exceeds the range of the exponent: use the tilted law entry by entry.
     tilted = visits.flatten(0, 1)[problem.transitions.row] * entry_weights(following, problem)
     return visits, torch.zeros_like(following).index_add(0, problem.transitions.column, tilted)
+
+
+def _values(reward: Tensor, problem: SoftProblem, solver: Solver) -> Tensor:
+    base = _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
+    if problem.horizon is None:
+        return _chain_first(stationary_values(base, problem, solver), reward.shape[:-2])
+    return _chain_first(finite_values(base, problem, problem.horizon), reward.shape[:-2])
 
 
 def _adjoint(reward: Tensor, values: Tensor, cotangent: Tensor, problem: SoftProblem) -> Tensor:

@@ -153,9 +153,14 @@ class Dynamics(Protocol):
         """P(s'|s,a) of listed transitions."""
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether a torch.func transform is at work, under which values cannot be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _differentiated(x: Tensor) -> bool:
-    """Whether autograd or a torch.func transform watches; otherwise a Function's overhead buys nothing."""
-    return x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether autograd or a transform watches; otherwise a Function's overhead buys nothing."""
+    return x.requires_grad or is_transformed(x)
 
 
 def _matrix(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
