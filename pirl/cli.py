@@ -14,8 +14,8 @@ and, where they help,
   parameter; standard errors may be missing;
 - ``dims``, a dict from arguments to the names of their dims;
 - ``labels``, a dict from parameters to words and units for figures;
-- ``defaults``, a dict from the name of an engine to the arguments of :func:`pirl.fit` that suit the model; the entry
-  ``"engine"`` names the engine to use when none is asked for.
+- ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
+  ``{"engine": "nuts", "nuts": {"full_mass": True}}``.
 
 ``coords`` and ``reference`` are called with those options and arguments that their parameters name.
 """
@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pirl.errors import OptionError, PirlError, PosteriorFileError
+from pirl.errors import ConvergenceWarning, OptionError, PirlError, PosteriorFileError
 from pirl.summary import print_summary
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def plot_command(
 def _short_warnings() -> Iterator[None]:
     """Print each warning once, as one line."""
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
         yield
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {' '.join(message.split())}", file=sys.stderr)
@@ -172,6 +173,7 @@ class ModelFile:
     path: Path
     model: Callable[..., Any]
     load: Callable[..., Mapping[str, Any]]
+    title: str = ""
     coords: Callable[..., Mapping[str, Any]] | None = None
     reference: Callable[..., Mapping[str, Any] | None] | None = None
     dims: Mapping[str, Any] = field(default_factory=dict)
@@ -203,7 +205,8 @@ class ModelFile:
                     f"{path} has no function {needed}(...): a model file defines model(...) and load(...)"
                 )
         names = ("model", "load", "coords", "reference", "dims", "labels", "defaults")
-        return cls(path, **{name: getattr(module, name) for name in names if getattr(module, name, None) is not None})
+        found = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
+        return cls(path, title=(module.__doc__ or path.stem).strip().splitlines()[0], **found)
 
     def options(self, settings: list[str]) -> dict[str, Any]:
         """All options of ``load``: its defaults, and what ``key=value`` texts say, converted to the annotated types.
@@ -238,16 +241,22 @@ class ModelFile:
         import pirl
 
         loaded = dict(self.load(**options))
+        try:
+            inspect.signature(self.model).bind(**loaded)
+        except TypeError as error:
+            raise OptionError(f"{self.path}: what load() returns does not fit model(): {error}") from None
         known = {**options, **loaded}
-        engine = arguments.get("engine") or self.defaults.get("engine", "nuts")
+        engine = arguments.get("engine", self.defaults.get("engine", "nuts"))
+        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
+        own |= self.defaults.get(engine, {})
         coords = _called(self.coords, known) or {}
         reference = _called(self.reference, known)
         posterior = pirl.fit(
             self.model,
             model_kwargs=loaded,
-            **{"coords": coords, "dims": self.dims, **self.defaults.get(engine, {}), **arguments, "engine": engine},
+            **{"coords": coords, "dims": self.dims, **own, **arguments, "engine": engine},
         )
-        posterior.attrs |= {"model": self.path.stem, "options": json.dumps(options, default=str)}
+        posterior.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
         if reference is not None:
             posterior.attrs["reference"] = json.dumps(reference)
         for name, label in self.labels.items():

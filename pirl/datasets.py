@@ -1,7 +1,7 @@
 """Demonstrations: simulated ones, and Rust's (1987) monthly records of Harold Zurcher, who replaced bus engines.
 
-In those records the state is the mileage since the last replacement in bins of 5,000 miles; the actions are to keep the engine or to
-replace it. Conventions that reproduce Rust's figures:
+In those records the state is the mileage since the last replacement in bins of 5,000 miles; the actions are to keep
+the engine or to replace it. Conventions that reproduce Rust's figures:
 
 - an engine is replaced in the last month before the odometer passes the replacement's reading;
 - each bus's first month is dropped, because its usage is unknown;

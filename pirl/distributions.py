@@ -8,6 +8,7 @@ episodes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -55,12 +56,13 @@ class TabularTrajectory(TorchDistribution):
     ) -> None:
         self.mdp, self.reward = mdp, mdp.check_reward(reward)
         self.lengths, self.horizons, self.starts, self.stopping = lengths, horizons, starts, stopping
-        horizon = known_horizon(horizons, mdp.horizon)
+        # Remembered, because a tracer cannot look at numbers, and a GPU must be waited for.
+        horizon = memoised(mdp.memo, ("horizon",), (horizons,), lambda: known_horizon(horizons, mdp.horizon))
         self.problem: SoftProblem = soft_problem(mdp, self.reading, stopping=stopping, horizon=horizon)
         given = [x.shape for x in (lengths, horizons, starts) if x is not None]
         batch_shape = torch.broadcast_shapes(self.reward.shape[:-2], *given)
         self._shared: dict[str, Tensor] = {}  # computed once, whatever expands this distribution
-        slots = _longest(lengths, horizon)
+        slots = memoised(mdp.memo, ("longest", horizon), (lengths,), lambda: _longest(lengths, horizon))
         # Validation is not torch's (constraints of arguments and support): it names trajectory and step.
         super().__init__(batch_shape, torch.Size((1 if slots is None else slots + 1, 2)), validate_args=False)
         self.validating = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
@@ -95,8 +97,7 @@ class TabularTrajectory(TorchDistribution):
 
         Raises:
             InvalidTrajectoriesError, ImpossibleTransitionError, UnavailableActionError, HorizonError: with validation
-            on (the default);
-                otherwise the density is 0 where a step is impossible.
+            on (the default); otherwise the density is 0 where a step is impossible.
         """
         counts = self._statistics(value)
         layout = counts.layout
@@ -104,7 +105,8 @@ class TabularTrajectory(TorchDistribution):
         result = counts.const.unsqueeze(-1) + counts.visits.apply(reward) + counts.values.apply(values)
         if self.reading == "trajectory":
             result = result + counts.partitions.apply(self._log_partitions(counts))
-            result = result.index_add(0, counts.open_ends[0], self._open_ends(counts))
+            for episode, term in self._open_ends(counts):
+                result = result.index_add(0, episode, term)
         return layout.outputs(result).expand(self._full_batch(value))
 
     def log_prob_sum(self, value: Tensor) -> Float[Tensor, ""]:
@@ -115,9 +117,8 @@ class TabularTrajectory(TorchDistribution):
         result = counts.const.sum() * reward.shape[1]
         result = result + (counts.total_visits @ reward).sum() + (counts.total_values @ values).sum()
         if self.reading == "trajectory":
-            result = (
-                result + (counts.total_partitions @ self._log_partitions(counts)).sum() + self._open_ends(counts).sum()
-            )
+            result = result + (counts.total_partitions @ self._log_partitions(counts)).sum()
+            result = result + sum(term.sum() for _, term in self._open_ends(counts))
         # A distribution that was expanded over a value that was not counts it as often.
         full = torch.broadcast_shapes(self.reward.shape[:-2], value.shape[:-2])
         return result * (self._full_batch(value).numel() / max(full.numel(), 1))
@@ -196,20 +197,13 @@ class TabularTrajectory(TorchDistribution):
         values = self.values.unsqueeze(-2) if self.problem.horizon is None else self.values[..., counts.horizons, :]
         return counts.layout.inputs(torch.logsumexp(self.mdp.initial.log() + values, -1), 1)
 
-    def _open_ends(self, counts: Statistics) -> Float[Tensor, "m C"]:
-        """log of what could follow the last action of episodes without a last state."""
-        _, row, k, pair = counts.open_ends
-        chains = counts.layout.inputs(self.reward, 2).shape[1]
-        result = self.reward.new_zeros(len(pair), chains)
-        # With no decision left after the last one, what follows sums to 1: nothing to add.
-        for step in sorted(set(k.tolist())) if self.problem.horizon is None else sorted(set(k[k > 0].tolist())):
-            values = self.values if self.problem.horizon is None else self.values[..., step, :]
-            flat = values.reshape(-1, values.shape[-1])
-            following = log_expect(flat.t(), self.problem).t().reshape(*values.shape[:-1], -1)
-            table = counts.layout.inputs(following, 1)
-            here = (k == step).nonzero().flatten()
-            result = result.index_add(0, here, table[row[here] * following.shape[-1] + pair[here]])
-        return result
+    def _open_ends(self, counts: Statistics) -> Iterator[tuple[Int[Tensor, " m"], Float[Tensor, "m C"]]]:
+        """(episodes, log of what could follow their last actions) of episodes without a last state."""
+        for k, episode, pair in counts.open_ends:
+            values = self.values if self.problem.horizon is None else self.values[..., k, :]
+            following = log_expect(values.reshape(-1, values.shape[-1]).t(), self.problem).t()
+            table = counts.layout.inputs(following.reshape(*values.shape[:-1], -1), 1)
+            yield episode, table[pair]
 
     # ------------------------------------------------------------------------------------------------ simulation
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pirl.errors import OptionError
 from pirl.infer import Potential, get_engine
-from pirl.infer.datatree import Named, describe, to_datatree
+from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
 from pirl.infer.engine import own_generator, reseed
 
 if TYPE_CHECKING:
@@ -101,22 +101,45 @@ def fit(
     with _surroundings(device, dtype):
         reseed(seed, START_STREAM)
         potential = Potential(model, args, kwargs, subsampling=engine == "svi")
-        draws = run(potential, num_chains=num_chains, num_warmup=num_warmup, num_samples=num_samples, seed=seed,
-                    progress=progress, **options)
+        constant = _constant_data(_bound(model, args, kwargs), dims or {})
+        check_names(planned(potential, dims or {}) | {"constant_data": constant}, coords or {})  # before the long work
+        draws = run(
+            potential,
+            num_chains=num_chains,
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            seed=seed,
+            progress=progress,
+            **options,
+        )
         draws.values = {name: value[:, ::thin] for name, value in draws.values.items()}
         draws.stats = {name: value[:, ::thin] for name, value in draws.stats.items()}
         sampled = time.perf_counter()
         groups = describe(
-            potential, draws, unobserved=(_unobserved(args), dict(zip(kwargs, _unobserved(kwargs.values()), strict=True))),
-            num_posterior_predictive=num_posterior_predictive, num_prior=num_prior, seed=seed, dims=dims or {},
+            potential,
+            draws,
+            unobserved=(_unobserved(args), dict(zip(kwargs, _unobserved(kwargs.values()), strict=True))),
+            num_posterior_predictive=num_posterior_predictive,
+            num_prior=num_prior,
+            seed=seed,
+            dims=dims or {},
         )
-    groups["constant_data"] = _constant_data(_bound(model, args, kwargs), dims or {})
+    groups["constant_data"] = constant
     groups |= draws.extra
     attrs = {
-        **_versions(), "created_at": datetime.now(UTC).isoformat(), "engine": engine, "seed": seed,
-        "num_chains": num_chains, "tuning_steps": num_warmup, "num_samples": num_samples, "thin": thin,
-        "dtype": str(dtype).removeprefix("torch."), "device": str(device), "sampling_time": sampled - began,
-        "wall_time": time.perf_counter() - began, **draws.attrs,
+        **_versions(),
+        "created_at": datetime.now(UTC).isoformat(),
+        "engine": engine,
+        "seed": seed,
+        "num_chains": num_chains,
+        "tuning_steps": num_warmup,
+        "num_samples": num_samples,
+        "thin": thin,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+        "sampling_time": sampled - began,
+        "wall_time": time.perf_counter() - began,
+        **draws.attrs,
     }
     return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
 
@@ -162,11 +185,11 @@ def _surroundings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _unobserved(values: Any) -> tuple:
+def _unobserved(values: Any) -> tuple[Any, ...]:
     return tuple(value.unobserved() if hasattr(value, "unobserved") else value for value in values)
 
 
-def _bound(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Name the arguments of the model by its parameters; a variadic parameter is numbered."""
     signature = inspect.signature(model)
     bound: dict[str, Any] = {}
@@ -202,6 +225,9 @@ def _versions() -> dict[str, str]:
             return "unknown"
 
     return {
-        "inference_library": "pirl", "inference_library_version": of("pirl"), "pyro_version": of("pyro-ppl"),
-        "torch_version": of("torch"), "arviz_base_version": of("arviz-base"),
+        "inference_library": "pirl",
+        "inference_library_version": of("pirl"),
+        "pyro_version": of("pyro-ppl"),
+        "torch_version": of("torch"),
+        "arviz_base_version": of("arviz-base"),
     }

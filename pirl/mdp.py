@@ -225,8 +225,9 @@ class TabularMDP:
             value = value.to(dtype=dtype)
             total = value.new_zeros(self.num_states * self.num_actions).index_add(0, row, value)
             transition = torch.sparse_coo_tensor(
-                torch.stack([row, column]), value / total[row], (len(total), self.num_states), check_invariants=False
-            )
+                torch.stack([row, column]), value / total[row], (len(total), self.num_states),
+                device=value.device, check_invariants=False,
+            )  # fmt: skip
         initial = self.initial.to(device=device, dtype=dtype)
         return self.replace(
             transition=transition,

@@ -6,11 +6,13 @@ Colours are those of Okabe and Ito, which colour-blind readers tell apart; maps 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from pirl.errors import OptionError
@@ -51,7 +53,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
     if count == 0:
         raise OptionError(f"no parameter has at most {MOST_INTERVALS} elements: draw maps with plot_reward_map")
     if count > MOST_DENSITIES:
-        figure = _figure(7, 1.6 + 0.25 * count)
+        figure = _figure(7.0, 1.6 + 0.25 * count)
         plot_forest(
             figure.subplots(),
             {quantity.name: quantity.draws for quantity in quantities},
@@ -62,7 +64,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
         columns = 2 if count in (2, 4) else min(count, 3)
         rows = -(-count // columns)
         joint = count == 2
-        figure = _figure(9.5, 5) if joint else _figure(4.2 * columns, 3.2 * rows)
+        figure = _figure(9.5, 5.0) if joint else _figure(4.2 * columns, 3.2 * rows)
         if joint:
             axes = figure.subplot_mosaic("AC;BC", width_ratios=(1, 1.15))
             panels = [axes["A"], axes["B"]]
@@ -77,7 +79,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
             ax.set_xlabel(quantity.label)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(_title(posterior))
+    figure.suptitle(_title(posterior), fontsize="medium")
     return figure
 
 
@@ -210,7 +212,7 @@ class _Quantity:
 
     name: str
     label: str
-    draws: np.ndarray[Any, Any]
+    draws: Float[np.ndarray, "chain draw"]
     at: float | None
     error: float | None
 
@@ -234,7 +236,7 @@ def _quantities(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> list
 
 def _title(posterior: xarray.DataTree) -> str:
     attrs, sizes = posterior.attrs, posterior["posterior"].sizes
-    options = json.loads(attrs.get("options", "{}"))
-    words = [f"{key}={value}" for key, value in options.items() if value is not None]
-    what = f"Posterior of {attrs['model']} ({', '.join(words)})" if "model" in attrs else "Posterior"
-    return f"{what}\n{attrs.get('engine', '')}: {sizes['chain'] * sizes['draw']:,} draws"
+    options = json.loads(attrs.get("options", "{}")).items()
+    words = [attrs.get("model", "model"), *(f"{key}={value}" for key, value in options if value is not None)]
+    run = f"{' '.join(words)}: {attrs.get('engine', 'engine unknown')}, {sizes['chain'] * sizes['draw']:,} draws"
+    return "\n".join([attrs.get("title", "Posterior"), *textwrap.wrap(run, 80)])

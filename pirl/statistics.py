@@ -12,7 +12,9 @@ V(s').
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -61,7 +63,7 @@ class RowLayout:
     def num_rows(self) -> int:
         """Number of reward rows that have counts of their own."""
         reward, _ = self._padded
-        return int(torch.tensor([reward[d] for d in self.aligned]).prod()) if self.aligned else 1
+        return math.prod(reward[d] for d in self.aligned)
 
     def row_of_episode(self, device: torch.device) -> Int[Tensor, " n"]:
         """Reward row of each (flattened) episode."""
@@ -105,8 +107,8 @@ class Statistics:
     """(episode, input, weight) of single values."""
     expected_entries: tuple[Tensor, Tensor, Tensor, Tensor]
     """(episode, row, decisions to go of the next state, pair) of expected next values (causal reading)."""
-    open_ends: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Likewise for log-expected next values of episodes without a last state (trajectory reading)."""
+    open_ends: tuple[tuple[int, Tensor, Tensor], ...]
+    """(decisions to go, episode, row * S * A + pair) of episodes without a last state (trajectory reading)."""
     partitions: SparseMap
     """episodes x (rows * distinct horizons): how often log Z is subtracted."""
     horizons: tuple[int, ...]
@@ -155,13 +157,75 @@ class Statistics:
             yield episode[cut][position], place, transitions.value[entry]
 
 
+@dataclass(frozen=True, eq=False)
+class _Episodes:
+    """One tensor of trajectories, taken apart; ``[n, slots]`` unless said otherwise."""
+
+    state: Tensor
+    pair: Tensor
+    following: Tensor
+    acting: Tensor
+    """A decision is observed."""
+    moving: Tensor
+    """A decision and the state after it are observed."""
+    episode: Tensor
+    row: Tensor
+    """Reward row ``[n]``."""
+    length: Tensor
+    """Decisions ``[n]``."""
+    horizon: Tensor
+    """Decisions that the demonstrator expected ``[n]``; 0 when the horizon is infinite."""
+    to_go: Tensor
+    """Decisions to go at each step, the index of its value; 0 when the horizon is infinite."""
+    next_to_go: Tensor
+
+    @classmethod
+    def read(cls, value: Tensor, problem: SoftProblem, layout: RowLayout, horizons: Tensor | None) -> _Episodes:
+        flat = value.reshape(-1, *value.shape[-2:])
+        state, action = flat[..., 0], flat[..., 1]
+        acting = action >= 0
+        length = acting.sum(1)
+        following = torch.nn.functional.pad(state[:, 1:], (0, 1), value=-1)
+        horizon = torch.zeros_like(length) if horizons is None else horizons.contiguous()
+        # Stationary values have no time: their only index is 0.
+        finite = int(problem.horizon is not None)
+        to_go = horizon.unsqueeze(1) - finite * torch.arange(flat.shape[1], device=flat.device)
+        return cls(
+            state=state,
+            pair=state * problem.log_prior.shape[1] + action,
+            following=following,
+            acting=acting,
+            moving=acting & (following >= 0),
+            episode=torch.arange(len(flat), device=flat.device).unsqueeze(1).expand_as(state),
+            row=layout.row_of_episode(flat.device),
+            length=length,
+            horizon=horizon,
+            to_go=to_go,
+            next_to_go=to_go - finite,
+        )
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def begun(self) -> Tensor:
+        """Episodes that are not blank ``[n]``."""
+        return self.state[:, 0] >= 0
+
+    @property
+    def finished(self) -> Tensor:
+        """Episodes whose last state is observed ``[n]``."""
+        padded = torch.nn.functional.pad(self.state, (0, 1), value=-1)
+        return padded.gather(1, self.length.unsqueeze(1)).squeeze(1) >= 0
+
+
 def statistics(
     value: Int[Tensor, "*batch slots 2"],
     problem: SoftProblem,
     layout: RowLayout,
     *,
     log_start: Float[Tensor, " S"] | None,
-    log_probability: Any,
+    log_probability: Callable[[Tensor, Tensor, Tensor], Tensor],
     horizons: Int[Tensor, " n"] | None,
 ) -> Statistics:
     """Count one tensor of trajectories.
@@ -175,79 +239,71 @@ def statistics(
         horizons: horizon of each (flattened) episode; None when it is infinite.
     """
     num_states, num_actions = problem.log_prior.shape
-    flat = value.reshape(-1, *value.shape[-2:])
-    state, action = flat[..., 0], flat[..., 1]
-    device, row = flat.device, layout.row_of_episode(flat.device)
-    count = len(flat)
-    acting = action >= 0
-    length = acting.sum(1)
-    begun = state[:, 0] >= 0
-    horizon = torch.zeros_like(length) if horizons is None else horizons.contiguous()
-    finite = problem.horizon is not None
-    step_number = torch.arange(flat.shape[1], device=device)
-    # Stationary values have no time: their only index is 0.
-    now_k = horizon.unsqueeze(1) - step_number if finite else torch.zeros_like(state)
-    next_k = now_k - 1 if finite else now_k
-    following = torch.nn.functional.pad(state[:, 1:], (0, 1), value=-1)
-    step = acting & (following >= 0)
+    e = _Episodes.read(value, problem, layout, horizons)
     num_values = num_states * (1 if problem.horizon is None else problem.horizon + 1)
+    place = e.row.unsqueeze(1) * num_values + e.to_go * num_states + e.state
+    one = problem.log_prior.new_ones(len(e))
 
-    episode = torch.arange(count, device=device).unsqueeze(1).expand_as(state)
-    pair = state * num_actions + action
-    const = problem.log_prior.new_zeros(count)
-    const = const.index_add(0, episode[acting], problem.log_prior.reshape(-1)[pair[acting]])
-    const = const.index_add(0, episode[step], log_probability(state[step], action[step], following[step]))
+    def add(total: Tensor, episode: Tensor, terms: Tensor) -> Tensor:
+        return total.index_add(0, episode, terms)
+
+    action = e.pair - e.state * num_actions
+    moved = log_probability(e.state[e.moving], action[e.moving], e.following[e.moving])
+    const = add(torch.zeros_like(one), e.episode[e.acting], problem.log_prior.reshape(-1)[e.pair[e.acting]])
+    const = add(const, e.episode[e.moving], moved)
     if log_start is not None:
-        const = const + torch.where(begun, log_start[state[:, 0].clamp_min(0)], 0.0)
-    one = torch.ones_like(const)
-    visits = _sparse(
-        episode[acting],
-        (row[episode] * num_states * num_actions + pair)[acting],
-        one[episode[acting]],
-        (count, layout.num_rows * num_states * num_actions),
-    )
-    place = row[episode] * num_values + now_k * num_states + state
-    nothing = state[:0, 0]
-    empty = (nothing, nothing, nothing, nothing)
-    distinct = sorted(set(horizon.tolist()))
+        const = const + torch.where(e.begun, log_start[e.state[:, 0].clamp_min(0)], 0.0)
+
+    none = e.length[:0]
+    distinct = tuple(sorted(set(e.horizon.tolist())))
+    subtracted = e.begun.nonzero().flatten() if problem.reading == "trajectory" and log_start is not None else none
+    expected_entries = (none, none, none, none)
+    open_ends: tuple[tuple[int, Tensor, Tensor], ...] = ()
     if problem.reading == "causal":
-        return Statistics(
-            layout, const, visits,
-            value_entries=(episode[acting], place[acting], -one[episode[acting]]),
-            expected_entries=tuple(x[acting] for x in (episode, row[episode], next_k, pair)),  # type: ignore[arg-type]
-            open_ends=empty,
-            partitions=_sparse(nothing, nothing, const[:0], (count, layout.num_rows)),
-            horizons=(0,), num_values=num_values, problem=problem,
-        )  # fmt: skip
-    last = (
-        begun
-        & (length < flat.shape[1])
-        & (state.gather(1, length.clamp_max(flat.shape[1] - 1).unsqueeze(1))[:, 0] >= 0)
-    )
-    ends = last.nonzero().flatten()
-    value_entries = [(ends, place[ends, length[ends]], one[ends])]
-    if log_start is None:
-        first = begun.nonzero().flatten()
-        value_entries.append((first, place[first, 0], -one[first]))
-    opened = (begun & ~last & (length > 0)).nonzero().flatten()
-    if problem.stop > 0:  # a stopping episode that shows no next state has stopped
-        const = const.index_add(0, opened, torch.full_like(const[opened], problem.stop).log())
-        const = const.index_add(0, episode[step], torch.full_like(const[episode[step]], 1 - problem.stop).log())
-        opened = opened[:0]
-    at = (opened, (length[opened] - 1))
-    numbers = torch.tensor(distinct, device=device)
-    which = torch.searchsorted(numbers, horizon)
-    summed = begun.nonzero().flatten() if log_start is not None else nothing
+        value_entries = (e.episode[e.acting], place[e.acting], -one[e.episode[e.acting]])
+        row = e.row.unsqueeze(1).expand_as(e.state)
+        expected_entries = (e.episode[e.acting], row[e.acting], e.next_to_go[e.acting], e.pair[e.acting])
+    else:
+        ends = (e.begun & e.finished).nonzero().flatten()
+        starts = e.begun.nonzero().flatten() if log_start is None else none
+        opened = (e.begun & ~e.finished & (e.length > 0)).nonzero().flatten()
+        if problem.stop > 0:  # an episode that shows no next state has stopped
+            const = add(const, opened, math.log(problem.stop) * one[opened])
+            const = add(const, e.episode[e.moving], math.log1p(-problem.stop) * one[e.episode[e.moving]])
+            opened = none
+        value_entries = (
+            torch.cat([ends, starts]),
+            torch.cat([place[ends, e.length[ends]], place[starts, 0]]),
+            torch.cat([one[ends], -one[starts]]),
+        )
+        last = (opened, e.length[opened] - 1)
+        left, pair = e.next_to_go[last], e.row[opened] * num_states * num_actions + e.pair[last]
+        # With no decision left after the last one, what follows sums to 1: nothing to add.
+        steps = [k for k in sorted(set(left.tolist())) if k > 0 or problem.horizon is None]
+        open_ends = tuple((k, opened[left == k], pair[left == k]) for k in steps)
     return Statistics(
-        layout, const, visits,
-        value_entries=tuple(torch.cat(x) for x in zip(*value_entries, strict=True)),  # type: ignore[arg-type]
-        expected_entries=empty,
-        open_ends=(opened, row[opened], next_k[at], pair[at]),
-        partitions=_sparse(
-            summed, row[summed] * len(distinct) + which[summed], -one[summed], (count, layout.num_rows * len(distinct))
+        layout=layout,
+        const=const,
+        visits=_sparse(
+            e.episode[e.acting],
+            (e.row.unsqueeze(1) * num_states * num_actions + e.pair)[e.acting],
+            one[e.episode[e.acting]],
+            (len(e), layout.num_rows * num_states * num_actions),
         ),
-        horizons=tuple(distinct), num_values=num_values, problem=problem,
-    )  # fmt: skip
+        value_entries=value_entries,
+        expected_entries=expected_entries,
+        open_ends=open_ends,
+        partitions=_sparse(
+            subtracted,
+            e.row[subtracted] * len(distinct)
+            + torch.searchsorted(torch.tensor(distinct, device=e.row.device), e.horizon)[subtracted],
+            -one[subtracted],
+            (len(e), layout.num_rows * len(distinct)),
+        ),
+        horizons=distinct,
+        num_values=num_values,
+        problem=problem,
+    )
 
 
 def _sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> SparseMap:

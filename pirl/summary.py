@@ -21,6 +21,7 @@ def print_summary(posterior: xarray.DataTree) -> None:
     """Print a posterior's table, what to think of its convergence, and what was run."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
     reference = json.loads(posterior.attrs.get("reference", "null"))
@@ -29,15 +30,13 @@ def print_summary(posterior: xarray.DataTree) -> None:
     for column in [*columns, reference["label"]] if reference else columns:
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     for row in _rows(posterior["posterior"].to_dataset(), reference or {}):
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
+        table.add_row(*map(Text, row))  # not str, in which "weights[a]" would be markup
+    Console(highlight=False).print(table)
     large = [f"{name} {data.shape[2:]}" for name, data in posterior["posterior"].data_vars.items() if _is_large(data)]
-    lines = [f"Not shown for its size: {', '.join(large)}."] * bool(large) + [
-        _verdict(posterior),
-        _what_was_run(posterior),
-    ]
-    console.print("\n" + "\n".join(lines), markup=False)
+    print()
+    if large:
+        print(f"Not shown for its size: {', '.join(large)}.")
+    print(_verdict(posterior), _what_was_run(posterior), sep="\n")
 
 
 def _is_large(data: xarray.DataArray) -> bool:
@@ -99,12 +98,10 @@ def _verdict(posterior: xarray.DataTree) -> str:
 
 
 def _what_was_run(posterior: xarray.DataTree) -> str:
-    attrs = posterior.attrs
-    options = " ".join(
-        f"{key}={value}" for key, value in json.loads(attrs.get("options", "{}")).items() if value is not None
-    )
-    draws = posterior["posterior"].sizes
+    attrs, sizes = posterior.attrs, posterior["posterior"].sizes
+    options = json.loads(attrs.get("options", "{}")).items()
+    words = [attrs.get("model", "model"), *(f"{key}={value}" for key, value in options if value is not None)]
     return (
-        f"{attrs.get('model', 'model')} {options}: {attrs['engine']}, {draws['chain']} x {draws['draw']} draws, "
+        f"{' '.join(words)}: {attrs['engine']}, {sizes['chain']} x {sizes['draw']} draws, "
         f"seed {attrs['seed']}, {float(attrs['wall_time']):.1f} s."
     )

@@ -413,7 +413,7 @@ def _lengths(actions: Int[Tensor, "N T"]) -> Int[Tensor, " N"]:
 
 def _vector(x: Any, name: str, dims: int = 1, device: torch.device | None = None) -> Tensor:
     try:
-        tensor = torch.as_tensor(x, device=device)
+        tensor = x if isinstance(x, Tensor) and device is None else torch.as_tensor(x, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidTrajectoriesError(f"{name} cannot be read as whole numbers") from None
     if tensor.numel() == 0:
