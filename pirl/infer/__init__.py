@@ -1,0 +1,35 @@
+"""Inference engines: any Pyro model with continuous latent sites in, posterior draws out. Knows no decision problem.
+
+Each engine is a function ``run(potential, *, num_chains, num_warmup, num_samples, seed, progress, **options)``, which
+returns :class:`~pirl.infer.engine.Draws`; its further keyword arguments are its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from pirl.errors import OptionError
+from pirl.infer.engine import Draws
+from pirl.infer.potential import Potential
+
+ENGINES = {
+    "nuts": "pirl.infer.nuts",
+    "svi": "pirl.infer.svi",
+    "laplace": "pirl.infer.laplace",
+}
+"""Name of an engine -> the module that has its ``run``, imported when it is asked for."""
+
+
+def get_engine(name: str) -> Callable[..., Draws]:
+    """Return the ``run`` function of an engine by its name.
+
+    Raises:
+        OptionError: there is no engine of that name.
+    """
+    if name not in ENGINES:
+        raise OptionError(f"there is no engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
+    return import_module(ENGINES[name]).run
+
+
+__all__ = ["ENGINES", "Draws", "Potential", "get_engine"]

@@ -1,0 +1,102 @@
+"""What all engines share: the draws that they return, counter-based seeds, and a quiet progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pirl.errors import OptionError
+
+PRIOR_STREAM, PREDICTIVE_STREAM = 1022, 1023
+"""Streams of random numbers beside those of the chains, which are numbered 0, 1, ..."""
+
+_COUNTER_BITS = 22
+
+
+@dataclass
+class Draws:
+    """What an engine returns: draws, one dictionary of tensors ``[chain, draw, *shape]`` by site name.
+
+    ``unconstrained`` tells in which space the draws are. ``stats`` are ``[chain, draw]`` and go to the group
+    ``sample_stats``; ``attrs`` (text and numbers) go to the attributes of the result; ``extra`` are further groups:
+    name of the group -> name of the variable -> (names of dims, array).
+    """
+
+    values: dict[str, Tensor]
+    unconstrained: bool
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    attrs: dict[str, str | int | float] = field(default_factory=dict)
+    extra: dict[str, dict[str, tuple[tuple[str | None, ...], np.ndarray]]] = field(default_factory=dict)
+
+
+def _mix(word: int) -> int:
+    """A bijection of 32-bit words that scatters neighbours (the finaliser of MurmurHash3)."""
+    word ^= word >> 16
+    word = word * 0x85EBCA6B & 0xFFFFFFFF
+    word ^= word >> 13
+    word = word * 0xC2B2AE35 & 0xFFFFFFFF
+    return word ^ (word >> 16)
+
+
+def derive_seed(seed: int, stream: int, counter: int) -> int:
+    """Derive the seed of one step of one stream of random numbers.
+
+    For a given ``seed`` the map from (stream, counter) is one to one, so that two steps never share a generator, and
+    a step can be repeated without the history of the generator: an interrupted chain resumes exactly.
+
+    Raises:
+        OptionError: more streams or steps than there are seeds.
+    """
+    if stream >> (32 - _COUNTER_BITS) or counter >> _COUNTER_BITS:
+        raise OptionError(
+            f"step {counter} of chain {stream} is out of range: at most {1 << (32 - _COUNTER_BITS)} chains "
+            f"of {1 << _COUNTER_BITS} steps have seeds of their own"
+        )
+    keys = np.random.SeedSequence(seed).generate_state(2)
+    return _mix(_mix((stream << _COUNTER_BITS | counter) ^ int(keys[0])) ^ int(keys[1]))
+
+
+def reseed(seed: int, stream: int, counter: int = 0) -> None:
+    """Seed torch's default generators for one step of one stream; only inside :func:`own_generator`."""
+    derived = derive_seed(seed, stream, counter)
+    torch.default_generator.manual_seed(derived)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed(derived)
+
+
+@contextmanager
+def own_generator() -> Iterator[None]:
+    """Leave torch's global random state, on the CPU and on the current GPU, as it was found."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """Yield ``update(done, note)``; draws a bar on a terminal, and does nothing anywhere else."""
+
+    def ignore(done: int, note: str) -> None:
+        pass
+
+    if not (shown and sys.stderr.isatty()):
+        yield ignore
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, note="")
+
+        def update(done: int, note: str) -> None:
+            bar.update(task, completed=done, note=note)
+
+        yield update

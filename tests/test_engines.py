@@ -1,0 +1,438 @@
+"""One contract over all engines: right posteriors, labelled approximations, reproducible, no trace left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from scipy.integrate import trapezoid
+from torch import Tensor
+
+from pirl import errors
+from pirl.fit import fit
+from pirl.infer import ENGINES, Draws, Potential, get_engine
+
+F64 = torch.float64
+FEW: dict[str, Any] = {"num_prior": 0, "num_posterior_predictive": 0, "progress": False}
+
+
+def regression_data() -> tuple[Tensor, Tensor]:
+    x = torch.tensor([[1.0, t, t * t - 2] for t in torch.linspace(-2, 2, 20).tolist()], dtype=F64)
+    return x, torch.sin(3 * torch.arange(20, dtype=F64)) + x[:, 1]
+
+
+def regression(x: Tensor, y: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1), infer={"dims": ["feature"]})
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(x @ weights, 0.8), obs=y)
+
+
+def regression_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean, covariance and log evidence in closed form."""
+    covariance = torch.linalg.inv(torch.eye(3, dtype=F64) + x.T @ x / 0.64)
+    marginal = 0.64 * torch.eye(20, dtype=F64) + x @ x.T
+    evidence = dist.MultivariateNormal(torch.zeros(20, dtype=F64), marginal).log_prob(y)
+    return covariance @ x.T @ y / 0.64, covariance, float(evidence)
+
+
+COUNTS = torch.tensor([2.0, 0, 3, 1], dtype=F64)
+TOSSES = torch.tensor([1.0, 1, 0, 1, 1, 0, 1], dtype=F64)
+VOTES = torch.tensor([0, 0, 2, 0, 1, 0, 2, 0])
+ERRORS = torch.tensor([0.3, -1.1, 0.8], dtype=F64)
+
+
+def four_posteriors() -> None:
+    """Independent posteriors that are known, with all kinds of support, in one model."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    chance = pyro.sample("chance", dist.Beta(2.0, 2.0))
+    shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+    sd = pyro.sample("sd", dist.HalfNormal(2.0))
+    pyro.sample("counts", dist.Poisson(rate).expand([4]).to_event(1), obs=COUNTS)
+    pyro.sample("tosses", dist.Bernoulli(chance).expand([7]).to_event(1), obs=TOSSES)
+    pyro.sample("votes", dist.Categorical(shares).expand([8]).to_event(1), obs=VOTES)
+    pyro.sample("errors", dist.Normal(0.0, sd).expand([3]).to_event(1), obs=ERRORS)
+
+
+class Quadrature:
+    """The posterior of a half-normal sd by quadrature: mean, std and quantiles."""
+
+    def __init__(self) -> None:
+        self.grid = np.linspace(1e-4, 12.0, 40_001)
+        log = stats.halfnorm.logpdf(self.grid, scale=2.0)
+        log = log + stats.norm.logpdf(ERRORS.numpy()[:, None], scale=self.grid).sum(0)
+        density = np.exp(log - log.max())
+        self.density = density / trapezoid(density, self.grid)
+        self.cdf = np.cumsum(self.density) * (self.grid[1] - self.grid[0])
+
+    def mean(self) -> float:
+        return float(trapezoid(self.grid * self.density, self.grid))
+
+    def std(self) -> float:
+        return math.sqrt(trapezoid((self.grid - self.mean()) ** 2 * self.density, self.grid))
+
+    def ppf(self, probability: float) -> float:
+        return float(np.interp(probability, self.cdf, self.grid))
+
+
+def exact_marginals() -> dict[str, tuple[Any, Any]]:
+    """Name -> (how to select it from the posterior, its exact law)."""
+    heads = float(TOSSES.sum())
+    return {
+        "rate": ({}, stats.gamma(2 + float(COUNTS.sum()), scale=1 / 5)),
+        "chance": ({}, stats.beta(2 + heads, 2 + 7 - heads)),
+        "shares": ({"shares_dim_0": 0}, stats.beta(1 + 5, 2 + 3)),
+        "sd": ({}, Quadrature()),
+    }
+
+
+def two_posteriors() -> None:
+    """As above, with the two sites that are farthest from Gaussian."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    sd = pyro.sample("sd", dist.HalfNormal(2.0))
+    pyro.sample("counts", dist.Poisson(rate).expand([4]).to_event(1), obs=COUNTS)
+    pyro.sample("errors", dist.Normal(0.0, sd).expand([3]).to_event(1), obs=ERRORS)
+
+
+@pytest.mark.parametrize(
+    "model, num_samples, smallest_ess",
+    [
+        pytest.param(two_posteriors, 2000, 4000, marks=pytest.mark.slow),
+        pytest.param(four_posteriors, 1000, 1000, marks=pytest.mark.slow),
+        (two_posteriors, 250, 150),
+    ],
+)
+def test_nuts_matches_exact_posteriors(model: Callable[[], None], num_samples: int, smallest_ess: float) -> None:
+    from arviz_stats.base import array_stats
+
+    chains = 4 if num_samples > 1000 else 2
+    result = fit(model, num_chains=chains, num_warmup=300, num_samples=num_samples, seed=3, **FEW)
+    assert float(result.sample_stats["diverging"].mean()) < 0.01
+    for name, (where, law) in exact_marginals().items():
+        if name not in result.posterior:
+            continue
+        draws = result.posterior[name].isel(where).values
+        assert array_stats.ess(draws, method="bulk") >= smallest_ess, name
+        for method, found, expected in (
+            ("mean", draws.mean(), law.mean()),
+            ("sd", draws.std(), law.std()),
+            *((p, np.quantile(draws, p), law.ppf(p)) for p in (0.05, 0.5, 0.95)),
+        ):
+            if isinstance(method, str):
+                error = array_stats.mcse(draws, method=method)
+            else:
+                error = array_stats.mcse(draws, method="quantile", prob=method)
+            assert abs(found - expected) < 4 * error, (name, method, found, expected, error)
+
+
+def test_recorded_potential_repeats_the_model() -> None:
+    """Recording changes no draw beyond rounding, and a model that branches on a value is not recorded."""
+    x, y = regression_data()
+    options: dict[str, Any] = {"num_chains": 1, "num_warmup": 0, "num_samples": 3, "seed": 1, **FEW}
+    plain, recorded = fit(regression, x, y, record=False, **options), fit(regression, x, y, **options)
+    assert (plain.attrs["recorded"], recorded.attrs["recorded"]) == ("False", "True")
+    np.testing.assert_allclose(recorded.posterior["weights"], plain.posterior["weights"], rtol=1e-8)
+
+    def branching() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("fold", -(x**2) if x > 0 else -x.abs())
+
+    options["num_warmup"] = 50
+    assert fit(branching, **options).attrs["recorded"] == "False"
+
+
+def large_sample() -> None:
+    """Much data: the posteriors Gamma(297, 101) and Beta(27, 17) are almost, but not quite, Gaussian."""
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    chance = pyro.sample("chance", dist.Beta(2.0, 2.0))
+    pyro.sample("counts", dist.Poisson(rate).expand([100]).to_event(1), obs=torch.arange(100.0) % 7)
+    pyro.sample("heads", dist.Binomial(40, chance), obs=torch.tensor(25.0))
+
+
+@pytest.mark.parametrize("engine", ["laplace", "svi"])
+def test_corrected_approximations_match_exact_posteriors(engine: str) -> None:
+    result = fit(large_sample, engine=engine, seed=1, num_samples=5000, resample=True, **FEW)
+    assert -1 < result.attrs["pareto_k"] < 0.7  # not exact, told so, and corrected
+    assert result.attrs["resampled"] == "True"
+    size = result.attrs["importance_ess"]
+    assert size < 19_999
+    total = float((torch.arange(100.0) % 7).sum())
+    for name, law in {"rate": stats.gamma(2 + total, scale=1 / 101), "chance": stats.beta(27, 17)}.items():
+        draws = result.posterior[name].values.ravel()
+        # Resampling adds the variance of one draw in len(draws) to that of the weights.
+        error = law.std() * math.sqrt(1 / size + 1 / len(draws))
+        assert abs(draws.mean() - law.mean()) < 4 * error, name
+        skewness = ((draws - draws.mean()) ** 3).mean() / draws.std() ** 3
+        assert abs(skewness - law.stats(moments="s")) < 4 * math.sqrt(15 / size), name
+
+
+def test_laplace_is_exact_on_a_gaussian() -> None:
+    x, y = regression_data()
+    mean, covariance, evidence = regression_posterior(x, y)
+    result = fit(regression, x, y, engine="laplace", seed=2, **FEW)
+    found = result["laplace"]
+    np.testing.assert_allclose(found["mode"], mean, rtol=1e-8)
+    np.testing.assert_allclose(found["covariance"], covariance, rtol=1e-8, atol=1e-12)
+    assert result.attrs["log_evidence"] == pytest.approx(evidence, rel=1e-10)
+    assert result.attrs["importance_ess"] == pytest.approx(4000)
+    draws = result.posterior["weights"].values.reshape(-1, 3)
+    assert np.abs(draws.mean(0) - mean.numpy()).max() < 4 * covariance.diagonal().sqrt().max() / math.sqrt(4000)
+    assert np.abs(np.cov(draws.T) / covariance.numpy() - 1).diagonal().max() < 4 * math.sqrt(2 / 4000)
+
+
+@pytest.mark.parametrize("guide", ["multivariate_normal", "full_rank", "low_rank"])
+def test_svi_is_exact_on_a_gaussian(guide: str) -> None:
+    x, y = regression_data()
+    mean, covariance, evidence = regression_posterior(x, y)
+    result = fit(regression, x, y, engine="svi", guide=guide, seed=2, **FEW)
+    # KL(q | posterior) = log evidence - ELBO, and a Gaussian q is at most sqrt(2 KL) sds from the mean.
+    gap = evidence - result.attrs["elbo"]
+    assert abs(gap) < (1e-2 if guide == "low_rank" else 1e-4)
+    assert result.attrs["converged"] == "True"
+    bound = math.sqrt(2 * max(gap, 1e-8)) + 4 / math.sqrt(4000)
+    draws = result.posterior["weights"].values.reshape(-1, 3)
+    assert (np.abs(draws.mean(0) - mean.numpy()) / covariance.diagonal().sqrt().numpy()).max() < bound
+
+
+def test_mean_field_finds_the_mean_and_the_conditional_sds() -> None:
+    """The best diagonal Gaussian has the mean of a Gaussian target, and the inverse diagonal of its precision."""
+    x, y = regression_data()
+    mean, covariance, evidence = regression_posterior(x, y)
+    result = fit(regression, x, y, engine="svi", guide="normal", seed=2, **FEW)
+    draws = result.posterior["weights"].values.reshape(-1, 3)
+    sds = torch.linalg.inv(covariance).diagonal().rsqrt().numpy()
+    assert (np.abs(draws.mean(0) - mean.numpy()) / sds).max() < 0.1
+    np.testing.assert_allclose(draws.std(0), sds, rtol=0.06)
+    # KL = (sum of log precisions - log det precision) / 2 for this optimum
+    gap = 0.5 * float(torch.linalg.inv(covariance).diagonal().log().sum() + torch.logdet(covariance))
+    assert evidence - result.attrs["elbo"] == pytest.approx(gap, abs=0.02)
+
+
+def test_delta_guide_is_the_mode() -> None:
+    x, y = regression_data()
+    mean, _, _ = regression_posterior(x, y)
+    result = fit(regression, x, y, engine="svi", guide="delta", num_samples=3, seed=2, **FEW)
+    np.testing.assert_allclose(result.posterior["weights"].values[0, -1], mean, atol=1e-3)
+
+
+def test_svi_subsamples_and_learns_parameters() -> None:
+    """Minibatches and pyro.param go through Pyro's ELBO, and the report still covers every row."""
+    x, y = regression_data()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        offset = pyro.param("offset", torch.tensor(0.0))
+        with pyro.plate("row", len(y), subsample_size=10) as index:
+            pyro.sample("y", dist.Normal(slope * x[index, 1] + offset, 0.8), obs=y[index])
+
+    result = fit(model, x, y, engine="svi", guide="normal", num_particles=2, seed=2, num_samples=500, **FEW)
+    squares = float((x[:, 1] ** 2).sum())
+    expected = float(x[:, 1] @ y) / (squares + 0.64)  # x is centred: the offset does not matter
+    # The step size ends at 1e-4, so what is left is noise of the minibatches, a fraction of the posterior sd.
+    assert float(result.posterior["slope"].mean()) == pytest.approx(expected, abs=0.5 * math.sqrt(0.64 / squares))
+    assert result.log_likelihood["y"].sizes == {"chain": 1, "draw": 2000, "row": 20}
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_seeds_reproduce_and_nothing_global_changes(engine: str) -> None:
+    x, y = regression_data()
+    options: dict[str, Any] = {"num_chains": 2, "num_warmup": 50, "num_samples": 20, "engine": engine, **FEW}
+    if engine == "svi":
+        options |= {"max_steps": 300}
+    pyro.param("theirs", torch.tensor(3.0))
+    torch.manual_seed(11)
+    before, flags = torch.get_rng_state(), (torch.get_default_dtype(), torch.distributions.Distribution._validate_args)
+
+    def run(seed: int) -> np.ndarray:
+        if engine == "svi":
+            with pytest.warns(errors.ConvergenceWarning):
+                return fit(regression, x, y, seed=seed, **options).posterior["weights"].values
+        return fit(regression, x, y, seed=seed, **options).posterior["weights"].values
+
+    first = run(5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (torch.get_default_dtype(), torch.distributions.Distribution._validate_args) == flags
+    assert list(pyro.get_param_store().keys()) == ["theirs"]
+    torch.rand(3)
+    np.testing.assert_array_equal(run(5), first)
+    assert not np.array_equal(run(6), first)
+
+
+def test_a_chain_does_not_depend_on_how_many_there_are() -> None:
+    x, y = regression_data()
+    start = {"weights": torch.zeros(3, dtype=F64)}
+    options: dict[str, Any] = {"num_warmup": 10, "num_samples": 10, "seed": 5, "init": start, **FEW}
+    one = fit(regression, x, y, num_chains=1, **options).posterior["weights"].values
+    two = fit(regression, x, y, num_chains=2, **options).posterior["weights"].values
+    np.testing.assert_array_equal(one[0], two[0])
+    assert not np.array_equal(two[0], two[1])
+
+
+def discrete() -> None:
+    pyro.sample("which", dist.Bernoulli(0.5))
+
+
+def no_latent() -> None:
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+
+def slash() -> None:
+    pyro.sample("a/b", dist.Normal(0.0, 1.0))
+
+
+def subsampled() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", 10, subsample_size=2):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.zeros(2))
+
+
+def parameter() -> None:
+    pyro.sample("mu", dist.Normal(pyro.param("where", torch.tensor(0.0)), 1.0), obs=None)
+
+
+def impossible_data() -> None:
+    rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+    pyro.sample("count", dist.Poisson(rate), obs=torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+@pytest.mark.parametrize(
+    "model, error, words",
+    [
+        (discrete, errors.DiscreteLatentError, "'which' is discrete"),
+        (no_latent, errors.ModelError, "no latent site"),
+        (slash, errors.ModelError, "'a/b' contains '/'"),
+        (impossible_data, errors.ModelError, "count"),
+    ],
+)
+def test_bad_models_are_refused_by_name(engine: str, model: Callable[[], None], error: type, words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        fit(model, engine=engine, **FEW)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", sorted(set(ENGINES) - {"svi"}))
+@pytest.mark.parametrize("model, words", [(subsampled, "'row' takes 2 of 10"), (parameter, "'where' is a pyro.param")])
+def test_only_svi_takes_minibatches_and_parameters(engine: str, model: Callable[[], None], words: str) -> None:
+    with pytest.raises(errors.ModelError, match=words):
+        fit(model, engine=engine, **FEW)
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_density_that_is_never_finite_is_refused_by_name(engine: str) -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("bad", dist.Normal(mu * math.nan, 1.0, validate_args=False), obs=torch.tensor(0.0))
+
+    with pytest.raises(errors.PirlError, match="bad"):
+        fit(model, engine=engine, **FEW)
+
+
+def test_gradients_that_are_never_finite_are_refused_by_name() -> None:
+    class Kink(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+            return slope * math.nan
+
+    def model() -> None:
+        pyro.factor("kink", -(Kink.apply(pyro.sample("mu", dist.Normal(0.0, 1.0))) ** 2))
+
+    with pytest.raises(errors.NonFiniteError, match="gradient at site 'mu'"):
+        fit(model, **FEW)
+
+
+def test_nuts_survives_a_region_without_density() -> None:
+    """Proposals with a NaN density, or where the model gives up, are divergences, and only for their own chain."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if float(x.detach()) > 1.5:
+            raise errors.ConvergenceError("no fixed point")
+        pyro.factor("wall", torch.where(x < -1.5, torch.nan, 0.0 * x))
+
+    with pyro.validation_enabled(False):
+        result = fit(model, num_chains=2, num_warmup=100, num_samples=300, seed=1, **FEW)
+    draws = result.posterior["x"].values
+    assert np.abs(draws).max() <= 1.5
+    assert int(result.sample_stats["diverging"].sum()) > 0
+    truth = stats.truncnorm(-1.5, 1.5)
+    assert abs(draws.mean()) < 0.25 and abs(draws.std() / truth.std() - 1) < 0.25
+
+
+def test_stuck_chains_are_told() -> None:
+    """A density so steep that no step is accepted."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("cliff", -1e30 * x.abs() - 1e30 * (1e6 * x).sin())
+
+    with pytest.raises(errors.StuckChainsError, match="'x'"):
+        fit(model, num_chains=2, num_warmup=0, num_samples=5, **FEW)
+
+
+def test_laplace_tells_a_posterior_without_a_gaussian_mode() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.factor("flat", 0.5 * z[1] ** 2)  # removes the prior of the second coordinate
+
+    with pytest.raises(errors.ModelError, match=r"not positive definite.*z\[1\]"):
+        fit(model, engine="laplace", **FEW)
+
+
+def test_svi_tells_that_it_has_not_converged() -> None:
+    x, y = regression_data()
+    told = [
+        pytest.warns(errors.ConvergenceWarning, match=words)
+        for words in ("Pareto k-hat", "still grows after 200 steps")
+    ]
+    with told[0], told[1]:
+        result = fit(regression, x, y, engine="svi", max_steps=200, learning_rate=1e-4, **FEW)
+    assert result.attrs["converged"] == "False"
+    assert result["elbo"]["elbo"].sizes == {"iteration": 200}
+
+
+def test_a_bad_approximation_is_labelled() -> None:
+    """A Gaussian at a narrow peak misses the broad mode beside it."""
+
+    def model() -> None:
+        narrow_and_broad = dist.Normal(torch.zeros(2), torch.tensor([0.1, 5.0]))
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), narrow_and_broad))
+
+    with pytest.warns(errors.ConvergenceWarning, match="Pareto k-hat"):
+        result = fit(model, engine="laplace", resample=True, **FEW)
+    assert result.attrs["pareto_k"] > 0.7
+    assert result.attrs["resampled"] == "False"
+
+
+def test_unknown_names_are_listed() -> None:
+    with pytest.raises(errors.OptionError, match="laplace, nuts, svi"):
+        get_engine("gibbs")
+    with pytest.raises(errors.OptionError, match="no option 'guide'.*target_accept_prob"):
+        fit(regression, *regression_data(), guide="normal")
+    with pytest.raises(errors.OptionError, match="multivariate_normal"):
+        fit(regression, *regression_data(), engine="svi", guide="gaussian")
+    with pytest.raises(errors.OptionError, match="init='zero'"):
+        fit(regression, *regression_data(), init="zero")
+
+
+def test_engines_return_draws_of_every_site_without_fit() -> None:
+    """The contract below fit: a potential in, unconstrained draws out, for any engine by name."""
+    potential = Potential(four_posteriors)
+    draws = get_engine("laplace")(potential, num_chains=2, num_samples=3, seed=0, progress=False, num_starts=1)
+    assert isinstance(draws, Draws)
+    assert {name: tuple(value.shape) for name, value in draws.values.items()} == {
+        "rate": (1, 6),
+        "chance": (1, 6),
+        "shares": (1, 6, 2),
+        "sd": (1, 6),
+    }

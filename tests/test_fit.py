@@ -1,0 +1,216 @@
+"""The front door: arguments, dtype and device, what the model is shown, and what is kept about the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pirl import errors
+from pirl.fit import fit
+
+TINY: dict[str, Any] = {"num_chains": 1, "num_warmup": 30, "num_samples": 4, "num_prior": 3,
+                        "num_posterior_predictive": 4, "progress": False}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """A stand-in for demonstrations: values, or only how many."""
+
+    values: Tensor | None
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def as_tensor(self) -> Tensor | None:
+        return self.values
+
+    def unobserved(self) -> Recordings:
+        return replace(self, values=None)
+
+    def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        return {"lengths": (("episode",), np.arange(self.count))}
+
+
+@dataclass(frozen=True)
+class World:
+    """A stand-in for a decision problem: it has a dtype and a device, moves, and describes itself."""
+
+    table: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def to(self, device: Any = None, dtype: Any = None) -> World:
+        return World(self.table.to(device=device, dtype=dtype))
+
+    def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        return {"table": (("state", "action"), self.table.numpy())}
+
+
+seen: list[tuple[bool, torch.dtype, torch.dtype]] = []
+
+
+def model(recordings: Recordings, world: World, features: Tensor, index: Tensor | None = None) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"dims": ["feature"]})
+    seen.append((recordings.as_tensor() is None, weights.dtype, features.dtype))
+    with pyro.plate("episode", len(recordings)):
+        loc = (features @ weights).sum() + world.table.sum()
+        pyro.sample("values", dist.Normal(loc, 1.0), obs=recordings.as_tensor())
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Recordings, World, Tensor]:
+    return Recordings(torch.zeros(3, dtype=dtype), 3), World(torch.ones(2, 2, dtype=dtype) / 4), torch.eye(2)
+
+
+def test_the_model_is_simulated_without_its_observations() -> None:
+    seen.clear()
+    result = fit(model, *inputs(), **TINY)
+    blind = [hidden for hidden, _, _ in seen]
+    assert blind[0] is False and blind[-1] is True
+    assert result.posterior_predictive["values"].dims == ("chain", "draw", "episode")
+    assert dict(result.prior_predictive.sizes) == {"chain": 1, "draw": 3, "episode": 3}
+
+
+def test_constant_data_comes_from_arguments() -> None:
+    result = fit(model, *inputs(), torch.arange(4), dims={"features": ["state", "feature"]},
+                 coords={"feature": ["near", "far"]}, **TINY)  # fmt: skip
+    constant = result.constant_data
+    assert {name: constant[name].dims for name in constant.data_vars} == {
+        "lengths": ("episode",),
+        "table": ("state", "action"),
+        "features": ("state", "feature"),
+        "index": ("index_dim_0",),
+    }
+    assert list(constant["feature"].values) == ["near", "far"] == list(result.posterior["feature"].values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_follows_the_first_argument_that_has_one(dtype: torch.dtype) -> None:
+    seen.clear()
+    result = fit(model, *inputs(dtype), **TINY)  # the features are float32
+    assert {(latent, features) for _, latent, features in seen} == {(dtype, dtype)}
+    assert result.posterior["weights"].dtype == str(dtype).removeprefix("torch.") == result.attrs["dtype"]
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_dtype_can_be_given_and_integers_stay() -> None:
+    seen.clear()
+    index = torch.arange(2)
+    recordings, world, features = inputs(torch.float32)
+    result = fit(model, replace(recordings, values=recordings.values.double()), world, features, index,
+                 dtype=torch.float64, device="cpu", **TINY)  # fmt: skip
+    assert seen[0][1:] == (torch.float64, torch.float64)
+    assert result.constant_data["index"].dtype == np.int64
+    assert world.table.dtype == torch.float32  # the caller's object is not touched
+
+
+def test_a_model_without_arguments_runs_in_float64() -> None:
+    result = fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), **TINY)
+    assert result.posterior["x"].dtype == np.float64
+
+
+def test_keywords_of_the_model() -> None:
+    recordings, world, features = inputs()
+    options = TINY | {"num_prior": 0, "num_posterior_predictive": 0, "seed": 9}
+    results = [
+        fit(model, recordings, world, features, **options),
+        fit(model, recordings, world=world, features=features, **options),
+        fit(model, model_kwargs={"recordings": recordings, "world": world, "features": features}, **options),
+    ]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.posterior["weights"], results[0].posterior["weights"])
+
+
+def test_keyword_recordings_are_hidden_too() -> None:
+    recordings, world, features = inputs()
+    seen.clear()
+    fit(model, world=world, features=features, recordings=recordings, **TINY)
+    assert seen[-1][0] is True
+
+
+def test_modules_among_the_arguments_are_copied() -> None:
+    network = torch.nn.Linear(1, 1)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+
+    def learned(network: torch.nn.Module) -> None:
+        pyro.module("network", network)
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3):
+            pyro.sample("y", dist.Normal(network(loc[..., None]).squeeze(-1), 1.0), obs=torch.ones(3))
+
+    with pytest.warns(errors.ConvergenceWarning, match="still grows"):
+        fit(learned, network, engine="svi", max_steps=100, num_particles=1, **TINY)
+    for parameter, old in zip(network.parameters(), before, strict=True):
+        assert torch.equal(parameter, old) and parameter.dtype == torch.float32
+    with pytest.raises(errors.ModelError, match="is a pyro.param"):
+        fit(learned, network, **TINY)
+
+
+def test_thinning_keeps_every_nth_draw() -> None:
+    options = TINY | {"num_samples": 7, "num_posterior_predictive": 0, "num_prior": 0}
+    all_draws = fit(model, *inputs(), **options).posterior["weights"].values
+    thinned = fit(model, *inputs(), thin=3, **options)
+    np.testing.assert_array_equal(thinned.posterior["weights"].values, all_draws[:, ::3])
+    assert thinned.sample_stats.sizes["draw"] == 3
+
+
+def test_attributes_tell_how_the_numbers_came_about() -> None:
+    attrs = fit(model, *inputs(), seed=17, **TINY).attrs
+    assert attrs["engine"] == "nuts" and attrs["seed"] == 17
+    assert (attrs["num_chains"], attrs["tuning_steps"], attrs["num_samples"]) == (1, 30, 4)
+    assert attrs["inference_library"] == "pirl" and attrs["wall_time"] >= attrs["sampling_time"] > 0
+    assert {"inference_library_version", "pyro_version", "torch_version", "arviz_base_version", "created_at"} <= set(
+        attrs
+    )
+    assert attrs["device"] == "cpu" and attrs["dtype"] == "float64"
+
+
+@pytest.mark.parametrize("name", ["num_chains", "num_samples", "thin"])
+def test_counts_are_checked(name: str) -> None:
+    with pytest.raises(errors.OptionError, match=f"{name} is 0"):
+        fit(model, *inputs(), **TINY | {name: 0})
+
+
+def test_no_bar_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    fit(model, *inputs(), **TINY | {"progress": True})
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_everything_is_restored_after_an_error() -> None:
+    def broken() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        raise RuntimeError("broken")
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(broken, **TINY)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.distributions.Distribution._validate_args is True
+
+
+def test_a_forgotten_device_is_told() -> None:
+    """The run happens under the device of the arguments as torch's default: a model's own tensors follow it."""
+
+    def on(x: Tensor) -> None:
+        pyro.sample("loc", dist.Normal(0.0, 1.0))
+        assert torch.zeros(()).device == x.device
+
+    with torch.device("meta"):
+        result = fit(on, torch.zeros(2, device="cpu"), **TINY | {"num_prior": 0, "num_posterior_predictive": 0})
+    assert result.attrs["device"] == "cpu"
