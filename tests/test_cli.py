@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+from pirl.cli import app, read_posterior, write_posterior
+from pirl.errors import PosteriorFileError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A model that is fitted in a second: coins, whose bias has a published value, and a vector of other numbers.
+MODEL = '''"""Coins that land on their edge."""
+
+from pathlib import Path
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+labels = {"bias": "bias of the coin (log-odds)"}
+dims = {"heads": ("throw",)}
+defaults = {"num_prior": 20, "num_posterior_predictive": 20, "laplace": {"num_samples": 70}}
+
+
+def model(heads, spread):
+    bias = pyro.sample("bias", dist.Normal(0.0, spread))
+    pyro.sample("other", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"dims": ["side"]})
+    with pyro.plate("throw", len(heads)):
+        pyro.sample("landed", dist.Bernoulli(logits=bias), obs=heads)
+
+
+def load(
+    heads: int = 6,
+    spread: float = 1.0,
+    fair: bool = False,
+    metal: Literal["tin", "gold"] = "tin",
+    folder: Path | None = None,
+):
+    assert isinstance(fair, bool) and (folder is None or isinstance(folder, Path))
+    throws = torch.zeros(10, dtype=torch.float64)
+    throws[:heads] = 1.0
+    return {"heads": throws, "spread": spread}
+
+
+def coords(heads, metal):
+    return {"throw": [f"{metal}{i}" for i in range(len(heads))], "side": ["a", "b"]}
+
+
+def reference(metal):
+    if metal == "gold":
+        return None
+    return {"label": "mint", "values": {"bias": 0.25, "other": [1.5, 2.5]}, "standard_errors": {"bias": 0.125}}
+'''
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "coin.py"
+    path.write_text(MODEL)
+    return path
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def fit(model: Path, *arguments: Any) -> Any:
+    result = run("fit", model, "--engine", "laplace", "--chains", 2, *arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: Any) -> str:
+    """The one line that a mistake gets."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pirl: ")
+    return line
+
+
+def test_a_fit_prints_its_table_and_keeps_the_posterior(model: Path, tmp_path: Path) -> None:
+    out, plot = tmp_path / "posterior.nc", tmp_path / "posterior.png"
+    result = fit(model, "--samples", 100, "--seed", 3, "--out", out, "--plot", plot, "--set", "heads=7")
+    posterior = xarray.open_datatree(out, engine="h5netcdf").load()
+    assert posterior.posterior.sizes["chain"] * posterior.posterior.sizes["draw"] == 200
+    assert posterior.attrs["model"] == "coin"
+    assert posterior.attrs["seed"] == 3
+    assert json.loads(posterior.attrs["options"])["heads"] == 7
+    assert posterior.posterior["bias"].attrs["long_name"] == "bias of the coin (log-odds)"
+    assert posterior.log_likelihood["landed"].coords["throw"].values.tolist() == [f"tin{i}" for i in range(10)]
+    assert posterior.constant_data["heads"].dims == ("throw",)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line}
+    draws = posterior.posterior["bias"].values.ravel()
+    expected = [draws.mean(), draws.std(ddof=1), *np.quantile(draws, [0.05, 0.5, 0.95])]
+    # Three digits of the standard deviation are printed.
+    assert [float(number) for number in rows["bias"][:5]] == pytest.approx(expected, abs=0.0051 * draws.std())
+    assert rows["bias"][-2:] == ["0.250", "(0.125)"]
+    assert rows["other[a]"][-1] == "1.500" or float(rows["other[a]"][-1]) == 1.5
+    assert max(len(line) for line in result.stdout.splitlines()[:6]) <= 80
+    assert "coin heads=7 spread=1.0" in result.stdout
+    assert f"wrote {out}" in result.stdout
+
+
+def test_the_file_is_enough_for_summary_and_plot(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "posterior.nc"
+    fitted = fit(model, "--out", out)
+    summary = run("summary", out)
+    assert summary.exit_code == 0
+    assert summary.stdout == fitted.stdout.replace(f"wrote {out}\n", "")
+    drawn = run("plot", out)
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "posterior.png").stat().st_size > 10_000
+    assert run("plot", out, "--out", tmp_path / "p.svg").exit_code == 0
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_a_model_has_defaults_which_the_command_line_overrides(model: Path) -> None:
+    assert (
+        "2 x 30 draws" in run("fit", model, "--engine", "nuts", "--chains", 2, "--samples", 30, "--warmup", 30).stdout
+    )
+    assert "1 x 140 draws" in fit(model).stdout
+    assert "1 x 20 draws" in fit(model, "--samples", 10).stdout
+
+
+def test_a_reference_may_be_absent(model: Path) -> None:
+    result = fit(model, "--set", "metal=gold")
+    assert "mint" not in result.stdout
+    assert "mint" in fit(model, "--set", "metal=tin").stdout
+
+
+def test_options_are_converted_to_their_types(model: Path) -> None:
+    result = fit(model, "--set", "fair=yes", "--set", "folder=here", "--set", "spread=2", "--set", "heads=3")
+    assert "coin heads=3 spread=2.0 fair=True metal=tin folder=here" in result.stdout
+    assert "folder" not in fit(model, "--set", "folder=none").stdout
+
+
+def test_an_existing_file_stays_until_all_is_written(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "posterior.nc"
+    fit(model, "--out", out)
+    before = out.read_bytes()
+    posterior = read_posterior(out)
+
+    def half(self: Any, path: Path, **options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(xarray.DataTree, "to_netcdf", half)
+        write_posterior(posterior, out)
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "posterior" in path.name) == ["posterior.nc"]
+    fit(model, "--out", out, "--set", "heads=2")
+    assert json.loads(read_posterior(out).attrs["options"])["heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--set", "tails=1"],
+            ["no option 'tails'", "heads (a whole number)", "metal (tin or gold)", "folder (a path"],
+        ),
+        (["--set", "heads=many"], ["heads must be a whole number"]),
+        (["--set", "heads=1.5"], ["heads must be a whole number"]),
+        (["--set", "spread=wide"], ["spread must be a number"]),
+        (["--set", "fair=perhaps"], ["fair must be true or false"]),
+        (["--set", "metal=lead"], ["metal must be tin or gold"]),
+        (["--set", "heads"], ["KEY=VALUE", "'heads'"]),
+        (["--engine", "magic"], ["no engine 'magic'", "laplace"]),
+        (["--samples", "0"], ["--samples"]),
+        (["--samples", "few"], ["--samples", "valid integer"]),
+        (["--device", "abacus"], ["--device abacus"]),
+        (["--chain", "4"], ["--chain"]),
+        (["--out", "{tmp}/nowhere/p.nc"], ["nowhere"]),
+        (["--out", "{tmp}"], ["it is a folder"]),
+        (["--plot", "{tmp}/p.xyz"], [".png"]),
+    ],
+)
+def test_mistakes_get_one_line(model: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    line = refused("fit", model, *(argument.format(tmp=tmp_path) for argument in arguments))
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "is not a file"),
+        ("def load():\n    return {}\n", "no function model"),
+        ("def model():\n    pass\n", "no function load"),
+        ("def model(:\n", "not Python"),
+        ("def model(x):\n    pass\n\n\ndef load(path: str):\n    return {}\n", "--set path=VALUE"),
+        ("def model(x):\n    pass\n\n\ndef load():\n    return {'x': 1}\n", "no latent site"),
+        ("def model(x):\n    pass\n\n\ndef load():\n    return {'y': 1}\n", "model()"),
+    ],
+)
+def test_a_file_that_is_no_model_gets_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "other.py"
+    if text is not None:
+        path.write_text(text)
+    assert words in refused("fit", path)
+
+
+def test_an_error_of_pirl_in_a_model_gets_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "other.py"
+    body = "from pirl.errors import DataError\ndef model(): ...\ndef load(): raise DataError('no\\ndata')\n"
+    path.write_text(body)
+    assert refused("fit", path) == "pirl: no data"
+
+
+def test_the_output_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
+    assert "there is no folder" in refused("fit", tmp_path / "absent.py", "--out", tmp_path / "nowhere" / "p.nc")
+
+
+def test_a_bug_in_a_model_keeps_its_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "buggy.py"
+    path.write_text("def model():\n    pass\n\n\ndef load():\n    return {}[0]\n")
+    assert isinstance(run("fit", path).exception, KeyError)
+
+
+@pytest.mark.parametrize("command", ["summary", "plot"])
+def test_what_is_not_a_posterior_gets_one_line(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.nc"
+    assert "is not a file" in refused(command, path)
+    path.write_bytes(b"something else")
+    assert "damaged, or not a netCDF file" in refused(command, path)
+    xarray.Dataset({"x": 1.0}).to_netcdf(path, engine="h5netcdf")
+    assert "not a posterior of pirl" in refused(command, path)
+
+
+def test_a_damaged_posterior_is_refused(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "posterior.nc"
+    fit(model, "--out", out)
+    out.write_bytes(out.read_bytes()[:2000])
+    with pytest.raises(PosteriorFileError):
+        read_posterior(out)
+
+
+def test_unknown_commands_get_one_line() -> None:
+    assert "fitt" in refused("fitt")
+    assert "--verbose" in refused("--verbose")
+    assert "POSTERIOR.nc" in refused("summary")
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "models.bus_engine"], ["-c", "from pirl.cli import main; main()", "fit", "models/bus_engine.py"]]
+)
+def test_a_model_runs_as_a_program(command: list[str]) -> None:
+    # Errors only: they need no fit.
+    finished = subprocess.run(
+        [sys.executable, *command, "--set", "color=red"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    assert "no option 'color'; its options are group (text), discount (a number), data (a path or none)" in line

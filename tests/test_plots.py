@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+from matplotlib.figure import Figure
+
+from pirl.errors import OptionError
+from pirl.plots import plot_density, plot_forest, plot_joint, plot_posterior, plot_reward_map, plot_reward_posterior
+
+
+def posterior(shapes: dict[str, tuple[int, ...]], **attrs: str) -> xarray.DataTree:
+    generator = np.random.default_rng(0)
+    variables: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        dims = ("chain", "draw", *(f"{name}_dim_{i}" for i in range(len(shape))))
+        variables[name] = (dims, generator.normal(size=(2, 300, *shape)))
+    coords = {dim: np.arange(size) for dims, x in variables.values() for dim, size in zip(dims, x.shape, strict=True)}
+    dataset = xarray.Dataset(variables, coords=coords)
+    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), "posterior": dataset})
+
+
+def drawn(figure: Figure) -> Figure:
+    """Really draw it: warnings of the layout are errors here."""
+    figure.savefig(io.BytesIO(), format="png")
+    return figure
+
+
+def words(figure: Figure) -> str:
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible())
+    return "\n".join(text.get_text() for text in texts)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_a_few_numbers_have_a_density_each(count: int) -> None:
+    figure = drawn(plot_posterior(posterior({f"p{i}": () for i in range(count)})))
+    assert len(figure.axes) == (3 if count == 2 else count)
+    assert {f"p{i}" for i in range(count)} <= set(words(figure).split("\n"))
+    assert "reference" not in words(figure)
+
+
+def test_two_numbers_have_a_joint_panel_with_their_correlation() -> None:
+    tree = posterior({"a": (), "b": ()})
+    tree["posterior"]["b"] = tree["posterior"]["a"] * -2.0
+    assert "correlation -1.00" in words(drawn(plot_posterior(tree)))
+
+
+def test_many_numbers_are_a_forest_named_by_labels() -> None:
+    tree = posterior({"w": (9,), "large": (200,)})
+    tree["posterior"].coords["w_dim_0"] = [f"f{i}" for i in range(9)]
+    figure = drawn(plot_posterior(tree, {"label": "truth", "values": {"w": list(range(9))}}))
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == [f"w[f{i}]" for i in range(9)]
+    truth = next(line for line in ax.lines if line.get_label() == "truth")
+    assert list(truth.get_xdata()) == list(range(9))
+    # The first parameter stands on top.
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_labels_title_and_reference_come_from_the_file() -> None:
+    kept = {"label": "Rust", "values": {"a": 0.5}, "standard_errors": {"a": 0.25}}
+    tree = posterior({"a": (), "b": ()}, title="Buses", model="bus", engine="nuts", reference=json.dumps(kept))
+    tree["posterior"]["a"].attrs["long_name"] = "cost (utility)"
+    figure = drawn(plot_posterior(tree))
+    assert {"cost (utility)", "b"} <= set(words(figure).split("\n"))
+    assert "Buses\nbus: nuts, 600 draws" in words(figure)
+    assert "Rust $\\pm$ standard error" in words(figure)
+
+
+def test_a_density_marks_median_interval_and_reference() -> None:
+    ax = Figure().subplots()
+    draws = np.random.default_rng(1).normal(3.0, 2.0, size=(4, 500))
+    plot_density(ax, draws, reference=2.0, error=0.5, label="known")
+    low, median, high = np.quantile(draws, [0.05, 0.5, 0.95])
+    assert ax.get_title() == f"median {median:.3g}, 90% from {low:.3g} to {high:.3g}"
+    (shade,) = [collection for collection in ax.collections if collection.get_label() == "90% interval"]
+    edges = shade.get_paths()[0].vertices[:, 0]
+    assert edges.min() == pytest.approx(low, abs=0.1)
+    assert edges.max() == pytest.approx(high, abs=0.1)
+    (place, height), *_ = (line.get_data() for line in ax.lines)
+    assert np.trapezoid(height, place) == pytest.approx(1.0, abs=0.02)
+    assert ax.containers[0].get_label() == "known $\\pm$ standard error"
+
+
+def test_a_joint_plot_thins_long_chains() -> None:
+    ax = Figure().subplots()
+    x = np.arange(10_000.0)
+    plot_joint(ax, x, x, (1.0, 2.0), "known")
+    offsets = ax.collections[0].get_offsets()
+    assert len(offsets) == 2000
+    assert offsets[0, 0] == 0.0
+    assert offsets[-1, 0] == 9_999.0
+
+
+def test_a_forest_without_reference() -> None:
+    ax = Figure().subplots()
+    plot_forest(ax, {"a": np.zeros(10), "b": np.ones(10)})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["90% interval", "50% interval", "median"]
+
+
+def test_a_map_has_the_first_row_on_top_and_a_named_scale() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    plot_reward_map(ax, np.arange(6.0), 2, 3, title="mean", limits=(-1.0, 9.0), label="reward")
+    (image,) = ax.images
+    assert image.get_array().tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+    assert image.get_clim() == (-1.0, 9.0)
+    assert figure.axes[1].get_ylabel() == "reward"
+    with pytest.raises(OptionError, match="expected 8"):
+        plot_reward_map(ax, np.arange(6.0), 2, 4)
+
+
+def test_maps_of_mean_and_truth_share_their_scale() -> None:
+    rewards = np.random.default_rng(2).normal(size=(2, 50, 6))
+    figure = drawn(plot_reward_posterior(rewards, 2, 3, truth=np.full(6, 7.0)))
+    truth, mean, sd = (ax.images[0] for ax in figure.axes[:3])
+    assert np.ravel(mean.get_array().data) == pytest.approx(rewards.reshape(100, 6).mean(axis=0))
+    assert np.ravel(sd.get_array().data) == pytest.approx(rewards.reshape(100, 6).std(axis=0, ddof=1))
+    assert truth.get_clim() == mean.get_clim() == (pytest.approx(mean.get_array().min()), 7.0)
+
+
+def test_only_large_parameters_are_refused_by_name() -> None:
+    with pytest.raises(OptionError, match="plot_reward_map"):
+        plot_posterior(posterior({"large": (100,)}))
