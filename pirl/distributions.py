@@ -67,7 +67,7 @@ class TabularTrajectory(TorchDistribution):
         super().__init__(batch_shape, torch.Size((1 if slots is None else slots + 1, 2)), validate_args=False)
         self.validating = torch.distributions.Distribution._validate_args if validate_args is None else validate_args
         if self.validating and not is_transformed(self.reward):
-            require_finite_reward(self.reward, self.problem)
+            require_finite_reward(self.reward)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TabularTrajectory:
         """The same distribution with a larger batch shape; nothing is copied or computed again."""
@@ -80,13 +80,18 @@ class TabularTrajectory(TorchDistribution):
 
     @property
     def values(self) -> Tensor:
-        """Soft values by decisions to go, ``[*reward_batch, K + 1, S]``, or ``[*reward_batch, S]``: computed once."""
-        if "values" not in self._shared:
-            values = soft_values(self.reward, self.problem)
-            if self.validating and not is_transformed(values):
-                require_finite(self.reward, values, self.problem)
+        """Soft values by decisions to go, ``[*reward_batch, K + 1, S]``, or ``[*reward_batch, S]``.
+
+        Computed once where nothing is differentiated; else anew, so that each use has a graph of its own.
+        """
+        if "values" in self._shared:
+            return self._shared["values"]
+        values = soft_values(self.reward, self.problem)
+        if self.validating and not is_transformed(values):
+            require_finite(self.reward, values, self.problem)
+        if not self.reward.requires_grad:
             self._shared["values"] = values
-        return self._shared["values"]
+        return values
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
         """Normalised log density of each trajectory, p(s_1), P(s'|s,a) and p(a|s) included: over what ``sample`` can
@@ -101,11 +106,12 @@ class TabularTrajectory(TorchDistribution):
         """
         counts = self._statistics(value)
         layout = counts.layout
-        reward, values = layout.inputs(self.reward, 2), layout.inputs(self.values, self._value_dims)
-        result = counts.const.unsqueeze(-1) + counts.visits.apply(reward) + counts.values.apply(values)
+        values = self.values
+        result = counts.const.unsqueeze(-1) + counts.visits.apply(layout.inputs(self.reward, 2))
+        result = result + counts.values.apply(layout.inputs(values, self._value_dims))
         if self.reading == "trajectory":
-            result = result + counts.partitions.apply(self._log_partitions(counts))
-            for episode, term in self._open_ends(counts):
+            result = result + counts.partitions.apply(self._log_partitions(values, counts))
+            for episode, term in self._open_ends(values, counts):
                 result = result.index_add(0, episode, term)
         return layout.outputs(result).expand(self._full_batch(value))
 
@@ -113,12 +119,12 @@ class TabularTrajectory(TorchDistribution):
         """``log_prob(value).sum()`` by sufficient statistics: two dot products, whatever the number of trajectories."""
         counts = self._statistics(value)
         layout = counts.layout
-        reward, values = layout.inputs(self.reward, 2), layout.inputs(self.values, self._value_dims)
-        result = counts.const.sum() * reward.shape[1]
-        result = result + (counts.total_visits @ reward).sum() + (counts.total_values @ values).sum()
+        reward, values = layout.inputs(self.reward, 2), self.values
+        result = counts.const.sum() * reward.shape[1] + (counts.total_visits @ reward).sum()
+        result = result + (counts.total_values @ layout.inputs(values, self._value_dims)).sum()
         if self.reading == "trajectory":
-            result = result + (counts.total_partitions @ self._log_partitions(counts)).sum()
-            result = result + sum(term.sum() for _, term in self._open_ends(counts))
+            result = result + (counts.total_partitions @ self._log_partitions(values, counts)).sum()
+            result = result + sum(term.sum() for _, term in self._open_ends(values, counts))
         # A distribution that was expanded over a value that was not counts it as often.
         full = torch.broadcast_shapes(self.reward.shape[:-2], value.shape[:-2])
         return result * (self._full_batch(value).numel() / max(full.numel(), 1))
@@ -193,16 +199,18 @@ class TabularTrajectory(TorchDistribution):
 
         return memoised(self.mdp.memo, key, (value, self.horizons, self.starts), compute)
 
-    def _log_partitions(self, counts: Statistics) -> Float[Tensor, "inputs C"]:
-        values = self.values.unsqueeze(-2) if self.problem.horizon is None else self.values[..., counts.horizons, :]
+    def _log_partitions(self, values: Tensor, counts: Statistics) -> Float[Tensor, "inputs C"]:
+        values = values.unsqueeze(-2) if self.problem.horizon is None else values[..., counts.horizons, :]
         return counts.layout.inputs(torch.logsumexp(self.mdp.initial.log() + values, -1), 1)
 
-    def _open_ends(self, counts: Statistics) -> Iterator[tuple[Int[Tensor, " m"], Float[Tensor, "m C"]]]:
+    def _open_ends(
+        self, values: Tensor, counts: Statistics
+    ) -> Iterator[tuple[Int[Tensor, " m"], Float[Tensor, "m C"]]]:
         """(episodes, log of what could follow their last actions) of episodes without a last state."""
         for k, episode, pair in counts.open_ends:
-            values = self.values if self.problem.horizon is None else self.values[..., k, :]
-            following = log_expect(values.reshape(-1, values.shape[-1]).t(), self.problem).t()
-            table = counts.layout.inputs(following.reshape(*values.shape[:-1], -1), 1)
+            after = values if self.problem.horizon is None else values[..., k, :]
+            following = log_expect(after.reshape(-1, after.shape[-1]).t(), self.problem).t()
+            table = counts.layout.inputs(following.reshape(*after.shape[:-1], -1), 1)
             yield episode, table[pair]
 
     # ------------------------------------------------------------------------------------------------ simulation

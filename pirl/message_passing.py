@@ -107,6 +107,7 @@ def checked_values(mdp: Dynamics, reward: Tensor, problem: SoftProblem, solver: 
     reward = mdp.check_reward(reward)
     values = soft_values(reward, problem, solver)
     if is_checked(values):
+        require_finite_reward(reward)
         require_finite(reward, values, problem)
     return values
 
@@ -123,7 +124,7 @@ def require_finite(reward: Tensor, values: Tensor, problem: SoftProblem) -> None
     """Raise by name what made values non-finite (see :func:`checked_values`)."""
     if bool(values.isfinite().all()):
         return
-    require_finite_reward(reward, problem)
+    require_finite_reward(reward)
     if problem.horizon is not None:
         raise InvalidRewardError(
             f"values overflow at horizon {problem.horizon}: rewards are too large for {values.dtype}"
@@ -139,12 +140,14 @@ def require_finite(reward: Tensor, values: Tensor, problem: SoftProblem) -> None
     )
 
 
-def require_finite_reward(reward: Tensor, problem: SoftProblem) -> None:
-    """Raise :class:`InvalidRewardError`, naming the pair, where a reward that counts is NaN or infinite."""
-    bad = ~reward.isfinite() & problem.log_prior.isfinite()
+def require_finite_reward(reward: Tensor) -> None:
+    """Raise :class:`InvalidRewardError`, naming the pair, where a reward is NaN or infinite."""
+    bad = ~reward.isfinite()
     if bool(bad.any()):
         *_, state, action = bad.nonzero()[0].tolist()
-        raise InvalidRewardError(f"reward of state {state}, action {action} is NaN or infinite")
+        raise InvalidRewardError(
+            f"reward of state {state}, action {action} is NaN or infinite (to forbid an action use available=)"
+        )
 
 
 def log_partition(mdp: Dynamics, reward: Tensor, *, stopping: str | None = None) -> Float[Tensor, "*batch"]:

@@ -18,21 +18,19 @@ horizon.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
-from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from pirl.errors import OptionError
-from pirl.transitions import DENSE_STATES, TransitionMap, is_transformed, scatter_max, solve_system
+from pirl.transitions import DENSE_STATES, Numbered, TransitionMap, is_transformed, scatter_max, solve_system
 
 Reading = Literal["causal", "trajectory"]
 Solver = Literal["auto", "newton", "value_iteration"]
@@ -44,7 +42,7 @@ _FEW_VALUE_ITERATIONS = 3_000
 
 
 @dataclass(frozen=True, eq=False)
-class SoftProblem:
+class SoftProblem(Numbered):
     """A decision problem as the recursions see it.
 
     Args:
@@ -68,11 +66,11 @@ class SoftProblem:
     horizon: int | None
 
     @cached_property
-    def number(self) -> int:
-        """What torch's operators call this problem."""
-        number = next(_numbers)
-        _problems[number] = self
-        return number
+    def undiscounted(self) -> bool:
+        """Whether some decision is followed by another for sure, so that only absorption bounds the values."""
+        value, row = self.transitions.value, self.transitions.row
+        total = value.new_zeros(self.transitions.shape[0]).index_add(0, row, value)
+        return bool((total > 1 - 1e-7).any())
 
 
 def soft_values(reward: Float[Tensor, "*batch S A"], problem: SoftProblem, solver: Solver = "auto") -> Tensor:
@@ -95,17 +93,11 @@ def soft_adjoint(
     return _SoftAdjoint.apply(reward, values, cotangent, problem)
 
 
-# The recursions are operators of torch, so that a tracer (make_fx, torch.compile) records one call, and not the steps
-# that its example happened to take. An operator takes no objects: it knows problems by their numbers.
-_problems: WeakValueDictionary[int, SoftProblem] = WeakValueDictionary()
-_numbers = itertools.count()
-
-
 @torch.library.custom_op(
     "pirl::soft_values", mutates_args=(), schema="(Tensor reward, int problem, str solver) -> Tensor"
 )
 def _values_operator(reward: Tensor, problem: int, solver: Any) -> Tensor:
-    return _values(reward, _problems[problem], solver)
+    return _values(reward, Numbered.find(problem), solver)
 
 
 @torch.library.custom_op(
@@ -114,12 +106,12 @@ def _values_operator(reward: Tensor, problem: int, solver: Any) -> Tensor:
     schema="(Tensor reward, Tensor values, Tensor cotangent, int problem) -> Tensor",
 )
 def _adjoint_operator(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int) -> Tensor:
-    return _adjoint(reward, values, cotangent, _problems[problem])
+    return _adjoint(reward, values, cotangent, Numbered.find(problem))
 
 
 @_values_operator.register_fake
 def _(reward: Tensor, problem: int, solver: str) -> Tensor:
-    horizon = _problems[problem].horizon
+    horizon = Numbered.find(problem).horizon
     return reward.new_empty(*reward.shape[:-2], *(() if horizon is None else (horizon + 1,)), reward.shape[-2])
 
 
@@ -238,7 +230,9 @@ def log_expect(values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tens
         result = ended.expand_as(row_top).index_add(0, transitions.row, scaled).log() + row_top
     if problem.stop == 0:
         return result
-    return torch.where(ended > 0, 0.0, torch.logaddexp(result, torch.full_like(result, math.log(problem.stop))))
+    # Not logaddexp, whose second derivative is NaN where one term dwarfs the other.
+    either = torch.stack([result, torch.full_like(result, math.log(problem.stop))])
+    return torch.where(ended > 0, 0.0, torch.logsumexp(either, 0))
 
 
 def entry_weights(values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tensor, "nnz #C"]:
@@ -315,10 +309,17 @@ def stationary_visits(base: Tensor, values: Tensor, weight: Tensor, problem: Sof
     return solve_system(problem.transitions, tilted, weight, transpose=True).unsqueeze(1) * policy
 
 
-def residual_tolerance(base: Tensor, values: Tensor) -> Float[Tensor, " C"]:
+def residual_tolerance(base: Float[Tensor, "S A C"], values: Float[Tensor, "S C"]) -> Float[Tensor, " C"]:
     """Rounding error of one backup, per chain: 64 ulp of the largest number that enters it."""
-    finite = torch.where(base.isfinite(), base, 0.0).abs().flatten(0, 1).amax(0)
-    return 64 * torch.finfo(base.dtype).eps * (1.0 + torch.maximum(values.abs().amax(0), finite))
+    return _rounding(_largest(base), values)
+
+
+def _largest(base: Tensor) -> Float[Tensor, " C"]:
+    return torch.where(base.isfinite(), base, 0.0).abs().flatten(0, 1).amax(0)
+
+
+def _rounding(largest: Tensor, values: Tensor) -> Float[Tensor, " C"]:
+    return (torch.maximum(values.abs().amax(0), largest) + 1.0) * (64 * torch.finfo(values.dtype).eps)
 
 
 def stationary_values(base: Float[Tensor, "S A C"], problem: SoftProblem, solver: Solver) -> Float[Tensor, "S C"]:
@@ -329,6 +330,7 @@ def stationary_values(base: Float[Tensor, "S A C"], problem: SoftProblem, solver
         values = _iterate_values(base, problem)
     elif problem.reading == "causal":
         values = _newton(base, _prior_values(base, problem), problem)
+        values = torch.where(_ends_in_time(base, values, problem), values, torch.nan)
     else:
         values = _newton(base, _linear_values(base, problem), problem)
     return values
@@ -350,22 +352,39 @@ def _choose_solver(base: Tensor, problem: SoftProblem) -> Solver:
 
 def _newton(base: Tensor, values: Tensor, problem: SoftProblem) -> Tensor:
     """Newton on V = T(V), which is soft policy iteration: 4 to 12 steps. Chains that have converged are left alone."""
+    transitions, largest = problem.transitions, _largest(base)
     result = torch.full_like(values, torch.nan)
+    waiting = torch.ones_like(largest, dtype=torch.bool)
     for _ in range(_MAX_NEWTON):
         q = backup(base, values, problem)
         update = torch.logsumexp(q, 1)
-        residual = (update - values).abs().amax(0)
+        change = update - values
+        residual = change.abs().amax(0)
         # The update is one contraction better than the iterate whose residual was checked.
-        done = (residual <= residual_tolerance(base, values)) & result[0].isnan()
+        done = waiting & (residual <= _rounding(largest, values))
         result = torch.where(done, update, result)
-        alive = result[0].isnan() & residual.isfinite()
-        if not bool(alive.any()):
+        waiting = waiting & ~done & residual.isfinite()
+        if not bool(waiting.any()):
             break
-        policy = (q - update.unsqueeze(1)).exp()
-        tilted = policy.flatten(0, 1)[problem.transitions.row] * entry_weights(values, problem)
-        step = solve_system(problem.transitions, torch.where(alive, tilted, 0.0), update - values)
-        values = torch.where(alive, values + step, values)
+        policy = q.sub_(update.unsqueeze(1)).exp_()
+        weight = policy.flatten(0, 1)[transitions.row] * entry_weights(values, problem)
+        step = solve_system(transitions, weight.masked_fill_(~waiting, 0.0), change)
+        values = torch.where(waiting, values + step, values)
     return result
+
+
+def _ends_in_time(base: Tensor, values: Tensor, problem: SoftProblem) -> Bool[Tensor, " C"]:
+    """Whether the soft policy ends, where nothing else bounds the values; rounding meets a residual that grows with V.
+
+    The expected number of decisions t = (I - P_pi)^-1 1 is at least 1, and V is at most that many rewards and
+    entropies; beyond 1e12 decisions the system is singular in float64 (and likewise in shorter types).
+    """
+    if not problem.undiscounted:
+        return values.isfinite().all(0)
+    policy = (backup(base, values, problem) - values.unsqueeze(1)).exp()
+    weight = policy.flatten(0, 1)[problem.transitions.row] * entry_weights(values, problem)
+    decisions = solve_system(problem.transitions, weight, torch.ones_like(values))
+    return ((decisions > 0.5) & (decisions < 1e-3 / torch.finfo(values.dtype).eps)).all(0)
 
 
 def _prior_values(base: Tensor, problem: SoftProblem) -> Tensor:

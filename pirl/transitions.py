@@ -7,10 +7,12 @@ on a CPU than a dense ``[C, S, A]``.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,8 +27,35 @@ DENSE_STATES = 1000
 _SOLVE_BYTES = 2**28
 
 
+_numbered: WeakValueDictionary[int, Any] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Numbered:
+    """An object that operators of torch know by its number, since they take numbers and tensors only.
+
+    Operators are for tracers (make_fx, torch.compile), which then record one call, and neither the steps that an
+    example happened to take nor a sparse tensor, which they cannot hold.
+    """
+
+    @cached_property
+    def number(self) -> int:
+        """The number, for as long as the object lives."""
+        number = next(_numbers)
+        _numbered[number] = self
+        return number
+
+    @staticmethod
+    def find(number: int) -> Any:
+        """The object of a number."""
+        return _numbered[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "number"}
+
+
 @dataclass(frozen=True, eq=False)
-class SparseMap:
+class SparseMap(Numbered):
     """A linear map given by the entries of its matrix, differentiable any number of times, under vmap too.
 
     Args:
@@ -68,7 +97,7 @@ class SparseMap:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cached matrices are rebuilt on demand: CSR tensors make pickles large and warn when they are read.
-        return {name: value for name, value in self.__dict__.items() if name not in ("matrix", "transposed")}
+        return {name: x for name, x in super().__getstate__().items() if name not in ("matrix", "transposed")}
 
 
 class TransitionMap(SparseMap):
@@ -88,6 +117,11 @@ class TransitionMap(SparseMap):
     def state(self) -> Int[Tensor, " nnz"]:
         """Entry -> state left, ``row // A``."""
         return torch.div(self.row, self.num_actions, rounding_mode="floor")
+
+    @cached_property
+    def place(self) -> Int[Tensor, " nnz"]:
+        """Entry -> its place in a flattened matrix of states, ``state * S + column``."""
+        return self.state * self.num_states + self.column
 
     @cached_property
     def row_count(self) -> Int[Tensor, " SA"]:
@@ -173,7 +207,18 @@ def _matrix(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) 
     with warnings.catch_warnings():
         # torch announces once a process that CSR is "in beta"; users of pirl can do nothing about it.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-        return torch.sparse_csr_tensor(crow, column, value, shape, check_invariants=False)
+        return torch.sparse_csr_tensor(crow, column, value, shape, device=value.device, check_invariants=False)
+
+
+@torch.library.custom_op("pirl::product", mutates_args=(), schema="(Tensor x, int linear, bool transpose) -> Tensor")
+def _product(x: Tensor, linear: int, transpose: bool) -> Tensor:
+    known = Numbered.find(linear)
+    return (known.transposed if transpose else known.matrix) @ x
+
+
+@_product.register_fake
+def _(x: Tensor, linear: int, transpose: bool) -> Tensor:
+    return x.new_empty(Numbered.find(linear).shape[1 if transpose else 0], x.shape[1])
 
 
 class _Product(Function):
@@ -181,7 +226,7 @@ class _Product(Function):
 
     @staticmethod
     def forward(x: Tensor, linear: SparseMap, transpose: bool) -> Tensor:
-        return (linear.transposed if transpose else linear.matrix) @ x
+        return _product(x, linear.number, transpose)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -206,15 +251,20 @@ def solve_system(
     A chain whose system is singular gets non-finite values, alone. Differentiable in ``weight`` and ``b`` by the
     implicit function theorem, whatever method solved it.
     """
-    return _Solve.apply(weight, b, transitions, transpose)
+    if _differentiated(weight) or _differentiated(b):
+        return _Solve.apply(weight, b, transitions, transpose)
+    return _solve(transitions, weight, b, transpose)
+
+
+def _solve(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
+    method = _solve_dense if transitions.num_states <= DENSE_STATES else _solve_sparse
+    return method(transitions, weight, b, transpose)
 
 
 class _Solve(Function):
     @staticmethod
     def forward(weight: Tensor, b: Tensor, transitions: TransitionMap, transpose: bool) -> Tensor:
-        if transitions.num_states <= DENSE_STATES:
-            return _solve_dense(transitions, weight, b, transpose)
-        return _solve_sparse(transitions, weight, b, transpose)
+        return _solve(transitions, weight, b, transpose)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -250,13 +300,14 @@ def _solve_dense(transitions: TransitionMap, weight: Tensor, b: Tensor, transpos
     for start in range(0, chains, block):
         part = weight[:, start : start + block]
         flat = part.new_zeros(states * states, part.shape[1])
-        flat.index_add_(0, transitions.state * states + transitions.column, -part)
+        flat[:: states + 1] = 1.0
+        flat.index_add_(0, transitions.place, part, alpha=-1)
         system = flat.t().reshape(-1, states, states)
-        system.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        system = system.mT if transpose else system
-        x, info = torch.linalg.solve_ex(system, b[:, start : start + block].t().unsqueeze(-1))
-        parts.append(torch.where((info == 0)[:, None], x.squeeze(-1), torch.nan))
-    return torch.cat(parts).t()
+        x, info = torch.linalg.solve_ex(
+            system.mT if transpose else system, b[:, start : start + block].t().unsqueeze(-1)
+        )
+        parts.append(x.squeeze(-1).masked_fill_((info != 0)[:, None], torch.nan))
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).t()
 
 
 def _solve_sparse(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:

@@ -498,3 +498,16 @@ def test_expanding_shares_the_values() -> None:
     assert model.expand((3,)).expand((2, 3)).values is model.values
     assert model.expand((2, 3)).batch_shape == (2, 3)
     assert model.event_shape == (5, 2)
+
+
+@pytest.mark.parametrize("cls", READINGS)
+def test_sampling_first_changes_no_gradient_and_graphs_are_not_shared(cls: type[TabularTrajectory]) -> None:
+    mdp, reward = make()
+    reward.requires_grad_()
+    value = simulated(mdp, reward.detach(), [4, 2]).as_tensor()
+    model = cls(mdp, reward)
+    model.sample()
+    gradients = [torch.autograd.grad(model.log_prob(value).sum(), reward)[0] for _ in range(2)]
+    (fresh,) = torch.autograd.grad(cls(mdp, reward).log_prob(value).sum(), reward)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, fresh, rtol=0, atol=0)

@@ -12,14 +12,19 @@ from torch.fx.node import map_arg
 
 from pirl.infer.potential import Potential, Values
 
+# What torch's own formulas do in place to a fresh result that nothing else reads: vector @ matrix, derivative of clamp.
+_IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim,
+    torch.ops.aten.logical_and_.default: torch.ops.aten.logical_and.default,
+}
+
 
 def fold_constants(graph: GraphModule) -> GraphModule:
     """Evaluate once what does not depend on the inputs; changes and returns the module."""
     known: dict[Node, Any] = {}
     for node in list(graph.graph.nodes):
-        if node.target is torch.ops.aten.squeeze_.dim:
-            # How torch writes vector @ matrix: it changes the shape of a fresh result in place, and no numbers.
-            node.target = torch.ops.aten.squeeze.dim
+        if node.target in _IN_PLACE and len(node.all_input_nodes[0].users) == 1:
+            node.target = _IN_PLACE[node.target]
         if node.op == "get_attr":
             known[node] = getattr(graph, str(node.target))
         if node.op != "call_function" or not all(source in known for source in node.all_input_nodes):
