@@ -213,7 +213,7 @@ def _constant_data(arguments: Mapping[str, Any], dims: Mapping[str, Sequence[str
         elif isinstance(value, (Tensor, np.ndarray)):
             array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
             names = tuple(dims.get(name, ()))
-            constant[name] = ((*names, *(None,) * (array.ndim - len(names))), array)
+            constant[name] = ((*(None,) * (array.ndim - len(names)), *names), array)
     return constant
 
 

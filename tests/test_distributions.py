@@ -105,8 +105,9 @@ def test_trajectory_reading_equals_enumeration(name: str) -> None:
     assert mdp.horizon is not None
     weights: dict[tuple, float] = {}
     partial: dict[tuple, float] = {}
+    log_z = oracle.log_partition(mdp, reward)
     for path in oracle.paths(mdp, mdp.horizon):
-        weight = path.probability * math.exp(oracle.reward_sum(path, reward) - oracle.log_partition(mdp, reward))
+        weight = path.probability * math.exp(oracle.reward_sum(path, reward) - log_z)
         weights[path.pairs, path.last] = weight
         cut = path.pairs[:2]
         last = path.pairs[2][0] if len(path.pairs) > 2 else path.last
