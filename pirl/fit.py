@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,7 @@ def fit(
     groups["constant_data"] = constant
     groups |= draws.extra
     attrs = {
+        "model": getattr(model, "__name__", type(model).__name__),
         **_versions(),
         "created_at": datetime.now(UTC).isoformat(),
         "engine": engine,
@@ -226,7 +228,7 @@ def _versions() -> dict[str, str]:
 
     return {
         "inference_library": "pirl",
-        "inference_library_version": of("pirl"),
+        "inference_library_version": import_module("pirl").__version__,  # installed, or run from a checkout
         "pyro_version": of("pyro-ppl"),
         "torch_version": of("torch"),
         "arviz_base_version": of("arviz-base"),
