@@ -115,7 +115,13 @@ def simulate(
     with torch.random.fork_rng(devices=[mdp.device] if mdp.device.type == "cuda" else []):
         torch.manual_seed(seed)
         drawn = law.sample()
-    return Trajectories(states=drawn[..., 0], actions=drawn[:, :-1, 1])
+    ends = mdp.terminal[drawn[..., 0].clamp_min(0)] & (drawn[..., 0] >= 0)
+    return Trajectories(
+        states=drawn[..., 0],
+        actions=drawn[:, :-1, 1],
+        ends=tuple("terminated" if ended else "truncated" for ended in ends.any(1).tolist()),
+        limits=torch.full((num_episodes,), length, device=mdp.device),
+    )
 
 
 def zurcher_table(groups: str = "1-4") -> BusData:

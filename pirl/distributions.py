@@ -97,8 +97,8 @@ class TabularTrajectory(TorchDistribution):
         """Normalised log density of each trajectory, p(s_1), P(s'|s,a) and p(a|s) included: over what ``sample`` can
         return it sums to 1.
 
-        A trajectory without its last state has the probability of all that could follow. A blank one has
-        log-probability 0.
+        A trajectory that is shorter than ``lengths``, or lacks its last state, has the probability of all that could
+        follow. A blank one has log-probability 0.
 
         Raises:
             InvalidTrajectoriesError, ImpossibleTransitionError, UnavailableActionError, HorizonError: with validation
@@ -126,7 +126,7 @@ class TabularTrajectory(TorchDistribution):
             result = result + (counts.total_partitions @ self._log_partitions(values, counts)).sum()
             result = result + sum(term.sum() for _, term in self._open_ends(values, counts))
         # A distribution that was expanded over a value that was not counts it as often.
-        full = torch.broadcast_shapes(self.reward.shape[:-2], value.shape[:-2])
+        full = torch.broadcast_shapes(layout.reward_batch, layout.value_batch)
         return result * (self._full_batch(value).numel() / max(full.numel(), 1))
 
     def choice_log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
@@ -187,7 +187,7 @@ class TabularTrajectory(TorchDistribution):
         def compute() -> Statistics:
             whole = value.expand(*batch, *value.shape[-2:])
             if self.validating:
-                validate(whole, self.mdp, self.horizons, self.starts)
+                validate(whole, self.mdp, self.horizons, self.starts, self.lengths)
             return statistics(
                 whole,
                 self.problem,
@@ -197,7 +197,7 @@ class TabularTrajectory(TorchDistribution):
                 horizons=None if self.problem.horizon is None else self._horizon_of(whole),
             )
 
-        return memoised(self.mdp.memo, key, (value, self.horizons, self.starts), compute)
+        return memoised(self.mdp.memo, key, (value, self.horizons, self.starts, self.lengths), compute)
 
     def _log_partitions(self, values: Tensor, counts: Statistics) -> Float[Tensor, "inputs C"]:
         values = values.unsqueeze(-2) if self.problem.horizon is None else values[..., counts.horizons, :]

@@ -19,12 +19,10 @@ from torch import Tensor
 from pirl.errors import OptionError
 from pirl.infer import Potential, get_engine
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
-from pirl.infer.engine import own_generator, reseed
+from pirl.infer.engine import START_STREAM, own_generator, reseed
 
 if TYPE_CHECKING:
     import xarray
-
-START_STREAM = 1021
 
 
 def fit(
@@ -66,7 +64,7 @@ def fit(
         engine: "nuts" (exact), "svi" or "laplace" (approximations).
         num_chains, num_warmup, num_samples: chains, and steps a chain; the approximations need no warm-up and return
             one chain of ``num_chains * num_samples`` independent draws.
-        thin: keep every thin-th draw.
+        thin: keep every thin-th draw; the draws of an approximation are independent, so ask for fewer of those.
         seed: reproduces every number exactly on the same machine.
         device, dtype: move the arguments there first. Tensors that a model closes over stay where they are.
         progress: draw a bar, on terminals only.
@@ -89,6 +87,8 @@ def fit(
     for name, count in counts.items():
         if count < 1:
             raise OptionError(f"{name} is {count}, but must be at least 1")
+    if num_chains > START_STREAM:
+        raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")
     named = set(inspect.signature(model).parameters)
     kwargs = {name: options.pop(name) for name in list(options) if name in named} | dict(model_kwargs or {})
     _check_options(engine, run, options)
@@ -113,6 +113,8 @@ def fit(
             progress=progress,
             **options,
         )
+        if thin > 1 and "approximation" in draws.attrs:
+            raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
         draws.values = {name: value[:, ::thin] for name, value in draws.values.items()}
         draws.stats = {name: value[:, ::thin] for name, value in draws.stats.items()}
         sampled = time.perf_counter()
@@ -133,10 +135,8 @@ def fit(
         "created_at": datetime.now(UTC).isoformat(),
         "engine": engine,
         "seed": seed,
-        "num_chains": num_chains,
-        "tuning_steps": num_warmup,
-        "num_samples": num_samples,
-        "thin": thin,
+        **dict(zip(("num_chains", "num_samples"), next(iter(draws.values.values())).shape[:2], strict=True)),
+        **({} if "approximation" in draws.attrs else {"tuning_steps": num_warmup, "thin": thin}),
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "sampling_time": sampled - began,

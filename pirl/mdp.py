@@ -151,7 +151,7 @@ class TabularMDP:
     @cached_property
     def acts(self) -> Bool[Tensor, "S A"]:
         """Pairs (s, a) that a decision can lead to: available, in a state that is not terminal."""
-        return self.available & ~self.terminal.unsqueeze(1)
+        return self.log_prior.isfinite() & ~self.terminal.unsqueeze(1)
 
     @cached_property
     def log_prior(self) -> Float[Tensor, "S A"]:

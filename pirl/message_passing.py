@@ -83,6 +83,10 @@ def soft_problem(
             "horizon, "
             "or stopping='geometric' (stop with probability 1 - discount after each step)"
         )
+    if stopping is not None and mdp.discount == 0:
+        raise DiscountError(
+            "stopping='geometric' with discount 0 stops after one decision: use horizon=1 and discount=1"
+        )
     whole = mdp.transitions
     scaled = TransitionMap(whole.row, whole.column, whole.value * mdp.discount, whole.shape)
     mdp.memo[key] = problem = SoftProblem(

@@ -111,13 +111,14 @@ def _adjoint_operator(reward: Tensor, values: Tensor, cotangent: Tensor, problem
 
 @_values_operator.register_fake
 def _(reward: Tensor, problem: int, solver: str) -> Tensor:
-    horizon = Numbered.find(problem).horizon
-    return reward.new_empty(*reward.shape[:-2], *(() if horizon is None else (horizon + 1,)), reward.shape[-2])
+    horizon, chains = Numbered.find(problem).horizon, reward.shape[:-2].numel()
+    times = () if horizon is None else (horizon + 1,)
+    return _chain_first(reward.new_empty(*times, reward.shape[-2], chains), reward.shape[:-2])
 
 
 @_adjoint_operator.register_fake
 def _(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int) -> Tensor:
-    return torch.empty_like(reward)
+    return _chain_first(reward.new_empty(*reward.shape[-2:], reward.shape[:-2].numel()), reward.shape[:-2])
 
 
 class _SoftValues(Function):
@@ -337,7 +338,7 @@ def stationary_values(base: Float[Tensor, "S A C"], problem: SoftProblem, solver
 
 
 def _choose_solver(base: Tensor, problem: SoftProblem) -> Solver:
-    if base.shape[0] <= DENSE_STATES:
+    if base.shape[0] <= DENSE_STATES or problem.reading == "trajectory":  # whose rate depends on the reward
         return "newton"
     transitions = problem.transitions
     leaving = torch.zeros_like(base[:, :, 0]).flatten().index_add(0, transitions.row, transitions.value)

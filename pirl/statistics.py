@@ -28,7 +28,8 @@ from pirl.soft_values import SoftProblem
 from pirl.transitions import SparseMap
 
 _EXPANDED_AT_ONCE = 2**20
-_MEMO_SIZE = 8
+# Observation sites of one model times what each looks up; far more than any model has.
+_MEMO_SIZE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,8 +322,13 @@ def memoised(memo: dict[Any, Any], key: tuple[Any, ...], tensors: tuple[Tensor |
     if held is not None and all(
         x is None or (ref is not None and ref() is x) for x, ref in zip(tensors, held[0], strict=True)
     ):
+        table[full] = table.pop(full)  # the last to be asked about is the last to go
         return held[1]
     result = compute()
+    for old in [
+        old for old, (tensors, _) in table.items() if any(ref is not None and ref() is None for ref in tensors)
+    ]:
+        table.pop(old)
     while len(table) >= _MEMO_SIZE:
         table.pop(next(iter(table)))
     table[full] = (tuple(None if x is None else weakref.ref(x) for x in tensors), result)

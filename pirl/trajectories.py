@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+# A terminated episode that nobody said for how long it would have been watched is simulated for up to this many times
+# the longest one: it will nearly always have ended by then.
+_ROOM_TO_END = 5
+
 End = Literal["truncated", "terminated", "horizon"]
 
 
@@ -33,12 +37,13 @@ class Trajectories:
         states: ``[N, T]``, or ``[N, T + 1]`` with the state after the last action; integers, or a list of N sequences.
         actions: ``[N, T]`` integers, or a list of N sequences. Entries after an episode's length are ignored.
         lengths: number of actions of each episode ``[N]``; by default up to the first negative action.
-        ends: why each episode ends, one word for all or one each. "truncated": we stopped watching (also right for
-            episodes that
-            reached a terminal state). "terminated": the last state is terminal, which is then checked. "horizon": the
-            demonstrator knew that it would end there.
+        ends: why each episode ends, one word for all or one each. "truncated": we stopped watching. "terminated":
+            the last state is terminal (:meth:`validate` checks it). "horizon": the demonstrator knew that it would end
+            there. Likelihoods see for themselves which states are terminal; simulation needs to be told (``limits``).
         horizons: the horizon that each demonstrator knew ``[N]``, where it differs from the length of an episode with
             ends="horizon"; -1 where the decision problem's counts.
+        limits: for how many decisions each episode would have been watched ``[N]``, which is what simulated episodes
+            are given. By default the length; for an episode that terminated, five times the longest length.
         subjects: number of the subject that each episode belongs to ``[N]``.
 
     Raises:
@@ -63,6 +68,7 @@ class Trajectories:
         *,
         ends: End | Sequence[End] = "truncated",
         horizons: Any = None,
+        limits: Any = None,
         subjects: Any = None,
         subject_names: Sequence[str] | None = None,
     ) -> None:
@@ -82,7 +88,7 @@ class Trajectories:
         if len(actions) == 0:
             warnings.warn("no demonstrations: the posterior will be the prior", EmptyTrajectoriesWarning, stacklevel=2)
             states = actions = torch.full((1, 1), -1, device=actions.device)
-            lengths, ends, horizons, subjects = [0], "truncated", None, None
+            lengths, ends, horizons, limits, subjects = [0], "truncated", None, None, None
         count, steps = actions.shape
         self.lengths = _lengths(actions) if lengths is None else _column(lengths, actions, "lengths")
         if bool(((self.lengths < 0) | (self.lengths > steps)).any()):
@@ -93,6 +99,7 @@ class Trajectories:
                 "ends must be 'truncated', 'terminated' or 'horizon', one for all or one for each episode"
             )
         self.horizons = self._own_horizons(None if horizons is None else _column(horizons, actions, "horizons"))
+        self.limits = self._watched(None if limits is None else _column(limits, actions, "limits"))
         self.subjects = None if subjects is None else _column(subjects, actions, "subjects")
         self.subject_names = None if subject_names is None else tuple(str(x) for x in subject_names)
         slots = max(int(self.lengths.max()), 0) + 1
@@ -103,6 +110,12 @@ class Trajectories:
         table[..., 0].masked_fill_(step > self.lengths.unsqueeze(1), -1)
         table[..., 1].masked_fill_(step >= self.lengths.unsqueeze(1), -1)
         self._check_table(table)
+        unseen = torch.tensor([end == "terminated" for end in self.ends], device=table.device) & (self._last(table) < 0)
+        if bool(unseen.any()):
+            raise InvalidTrajectoriesError(
+                f"trajectory {int(unseen.nonzero()[0])} ends 'terminated' without its last state: "
+                "give states [N, T + 1]"
+            )
         self._table: Tensor | None = table
         self.starts: Tensor = table[:, 0, 0]
 
@@ -119,6 +132,23 @@ class Trajectories:
             )
         return own if bool((own >= 0).any()) else None
 
+    def _watched(self, given: Tensor | None) -> Tensor:
+        if given is not None:
+            if bool((given < self.lengths).any()):
+                episode = int((given < self.lengths).nonzero()[0])
+                raise InvalidTrajectoriesError(
+                    f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its limit "
+                    f"{int(given[episode])}"
+                )
+            return given
+        terminated = torch.tensor([end == "terminated" for end in self.ends], device=self.lengths.device)
+        room = (_ROOM_TO_END * self.lengths.max()).expand_as(self.lengths)
+        room = room if self.horizons is None else torch.where(self.horizons >= 0, self.horizons, room)
+        return torch.where(terminated, room, self.lengths)
+
+    def _last(self, table: Tensor) -> Tensor:
+        return table.gather(1, self.lengths[:, None, None].expand(-1, 1, 2))[:, 0, 0]
+
     def _check_table(self, table: Tensor) -> None:
         step = torch.arange(table.shape[1], device=table.device)
         acting = step < self.lengths.unsqueeze(1)
@@ -133,6 +163,11 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.lengths.device
 
     def as_tensor(self) -> Int[Tensor, "N slots 2"] | None:
         """(state, action) of every step, always the same object; (s, -1) is a last state without action, (-1, -1)
@@ -160,8 +195,12 @@ class Trajectories:
         return self._table
 
     def unobserved(self) -> Trajectories:
-        """The same episodes (lengths, starts, horizons, subjects) with nothing observed."""
-        return self._with(_table=None)
+        """The same episodes (starts, horizons, subjects) with nothing observed.
+
+        How long an episode was is an outcome where it ended in a terminal state; what was given is for how long it
+        would have been watched. So the lengths of unobserved episodes are the limits of the observed ones.
+        """
+        return self._with(_table=None, lengths=self.limits)
 
     def __getitem__(self, index: Any) -> Trajectories:
         """A subset of the episodes: a slice, a mask, or a list of numbers; an empty one warns, and is a blank one."""
@@ -176,6 +215,7 @@ class Trajectories:
             lengths=self.lengths[index],
             ends=tuple(self.ends[i] for i in index.tolist()),
             horizons=pick(self.horizons),
+            limits=self.limits[index],
             subjects=pick(self.subjects),
             starts=self.starts[index],
             _table=None
@@ -188,7 +228,7 @@ class Trajectories:
         if device is None or torch.device(device) == self.lengths.device:
             return self
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        names = ("lengths", "horizons", "subjects", "starts", "_table")
+        names = ("lengths", "horizons", "limits", "subjects", "starts", "_table")
         return self._with(**{name: move(getattr(self, name)) for name in names})
 
     def _with(self, **changes: Any) -> Trajectories:
@@ -217,7 +257,7 @@ class Trajectories:
             HorizonError: an episode longer than the horizon.
         """
         validate(self._observed(), mdp, self.horizons)
-        last = self._observed().gather(1, self.lengths[:, None, None].expand(-1, 1, 2))[:, 0, 0]
+        last = self._last(self._observed())
         claimed = torch.tensor([end == "terminated" for end in self.ends], device=last.device)
         wrong = claimed & ~((last >= 0) & mdp.terminal[last.clamp_min(0)])
         if bool(wrong.any()):
@@ -301,13 +341,18 @@ class Trajectories:
 
 
 def validate(
-    table: Int[Tensor, "*batch slots 2"], mdp: Dynamics, horizons: Tensor | None = None, starts: Tensor | None = None
+    table: Tensor,
+    mdp: Dynamics,
+    horizons: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> None:
     """Check a tensor of trajectories against a decision problem (see :meth:`Trajectories.validate`).
 
     Args:
         horizons: own horizons ``[*batch]``, -1 where the MDP's counts.
         starts: given first states ``[*batch]``, whose probability then does not matter.
+        lengths: for how many decisions each was watched ``[*batch]``.
     """
     if (
         table.is_floating_point()
@@ -379,13 +424,15 @@ def validate(
     longest = acting.sum(1).reshape(table.shape[:-2])
     limit = torch.full_like(longest, -1 if mdp.horizon is None else mdp.horizon)
     limit = limit if horizons is None else torch.where(horizons >= 0, horizons, limit)
-    over = (limit >= 0) & (longest > limit)
-    if bool(over.any()):
-        episode = int(over.reshape(-1).nonzero()[0])
-        raise HorizonError(
-            f"trajectory {episode} has {int(longest.reshape(-1)[episode])} decisions, more than the horizon "
-            f"{int(limit.expand_as(longest).reshape(-1)[episode])}"
-        )
+    watched = torch.full_like(longest, -1) if lengths is None else lengths
+    for most, name in ((limit, "the horizon"), (watched, "its length")):
+        over = (most >= 0) & (longest > most)
+        if bool(over.any()):
+            episode = int(over.reshape(-1).nonzero()[0])
+            raise HorizonError(
+                f"trajectory {episode} has {int(longest.reshape(-1)[episode])} decisions, more than {name} "
+                f"{int(most.expand_as(longest).reshape(-1)[episode])}"
+            )
 
 
 def _integers(x: Any, name: str) -> Int[Tensor, "N T"]:

@@ -354,7 +354,7 @@ def test_the_memory_of_counts_does_not_grow() -> None:
     mdp, reward = make()
     for seed in range(30):
         MaxCausalEntTrajectory(mdp, reward).log_prob(simulated(mdp, reward, [4], seed).as_tensor())
-    assert len(mdp.memo["statistics"]) <= 8
+    assert len(mdp.memo["statistics"]) <= 8  # those of dead tensors go
 
 
 def test_without_validation_the_impossible_has_density_zero() -> None:
@@ -512,3 +512,53 @@ def test_sampling_first_changes_no_gradient_and_graphs_are_not_shared(cls: type[
     (fresh,) = torch.autograd.grad(cls(mdp, reward).log_prob(value).sum(), reward)
     for gradient in gradients:
         torch.testing.assert_close(gradient, fresh, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", ["starts", "horizons"])
+def test_sums_count_dimensions_of_starts_and_horizons_once(given: str) -> None:
+    mdp, reward = make()
+    value = simulated(mdp, reward, [3]).as_tensor()
+    assert value is not None
+    batch = {"starts": value[0, 0, :1].expand(3), "horizons": torch.tensor([3, 4, 4])}[given]
+    model = MaxCausalEntTrajectory(mdp, reward, **{given: batch})
+    torch.testing.assert_close(model.log_prob_sum(value[0]), model.log_prob(value[0]).sum())
+
+
+def test_episodes_longer_than_they_were_watched_are_refused() -> None:
+    mdp, reward = make()
+    value = simulated(mdp, reward, [4, 2]).as_tensor()
+    with pytest.raises(HorizonError, match="trajectory 0 has 4 decisions, more than its length 3"):
+        MaxCausalEntTrajectory(mdp, reward, lengths=torch.tensor([3, 3])).log_prob(value)
+
+
+def test_simulated_lengths_of_terminating_episodes_have_the_law_of_the_data() -> None:
+    """A length that ended in a terminal state is an outcome, and no limit of what is simulated in its place."""
+    from pirl.datasets import simulate
+
+    mdp = TabularMDP([[[0.7, 0.3]], [[0.0, 1.0]]], initial=0, terminal=[1])
+    reward = torch.zeros(2, 1, dtype=torch.float64)
+    demos = simulate(mdp, reward, num_episodes=4000, length=60)
+    hidden = demos.unobserved()
+    assert (hidden.lengths == 60).all() and set(demos.ends) == {"terminated"}
+    again = MaxCausalEntTrajectory(mdp, reward, lengths=hidden.lengths).sample()
+    lengths = (again[..., 1] >= 0).sum(-1).double()
+    # geometric with mean 1/.3 and sd sqrt(.7)/.3, 4,000 of each
+    assert abs(lengths.mean() - demos.lengths.double().mean()) < 4 * math.sqrt(2 * 0.7 / 0.09 / 4000)
+    untold = Trajectories(demos.states, demos.actions, demos.lengths, ends="terminated").unobserved()
+    assert (untold.lengths == 5 * demos.lengths.max()).all()
+
+
+@pytest.mark.parametrize("operator", ["soft_values", "soft_adjoint", "product"])
+@pytest.mark.parametrize("horizon", [None, 3])
+def test_operators_keep_torch_s_rules(operator: str, horizon: int | None) -> None:
+    mdp, reward = make(horizon=horizon, discount=0.9)
+    problem = MaxCausalEntTrajectory(mdp, reward).problem
+    rewards = torch.stack([reward, reward + 1])
+    values = torch.ops.pirl.soft_values(rewards, problem.number, "auto")
+    arguments = {
+        "soft_values": (rewards, problem.number, "auto"),
+        "soft_adjoint": (rewards, values, torch.ones_like(values), problem.number),
+        "product": (torch.randn(3, 4).double(), problem.transitions.number, False),
+    }[operator]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.pirl, operator).default, arguments, test_utils=checks)

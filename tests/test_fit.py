@@ -214,3 +214,26 @@ def test_a_forgotten_device_is_told() -> None:
     with torch.device("meta"):
         result = fit(on, torch.zeros(2, device="cpu"), **TINY | {"num_prior": 0, "num_posterior_predictive": 0})
     assert result.attrs["device"] == "cpu"
+
+
+def test_parameters_without_a_law_cost_prior_draws_and_not_the_posterior() -> None:
+    """Trajectory reading, no horizon: half of the prior has an infinite partition function."""
+    import pirl
+    from pirl.datasets import simulate
+    from pirl.errors import ConvergenceWarning
+
+    mdp = pirl.TabularMDP([[[0.8, 0.2]], [[0.0, 1.0]]], initial=0, terminal=[1])
+    demos = simulate(mdp, torch.tensor([[-0.5], [0.0]], dtype=torch.float64), 20, 200, reading="trajectory")
+
+    def model(demos: pirl.Trajectories) -> None:
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        reward = torch.stack([weight, torch.zeros_like(weight)], -1)
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("seen", pirl.MaxEntTrajectory(mdp, reward, lengths=demos.lengths), obs=demos.as_tensor())
+
+    for seed in range(3):
+        with pytest.warns(ConvergenceWarning, match="drawn again"):
+            posterior = pirl.fit(model, demos, engine="laplace", num_samples=5, num_prior=20, seed=seed, progress=False)
+        assert posterior.prior.sizes["draw"] == 20
+        assert posterior.attrs["num_samples"] == posterior.posterior.sizes["draw"]
+        assert posterior.attrs["num_chains"] == 1

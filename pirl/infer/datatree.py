@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ModelError, OptionError, PirlError
+from pirl.errors import ConvergenceError, ConvergenceWarning, DivergenceError, ModelError, OptionError, PirlError
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, own_generator, reseed
 from pirl.infer.potential import Potential, Site, Values
 
@@ -25,6 +25,8 @@ Named = dict[str, tuple[tuple[str | None, ...], np.ndarray]]
 """Name of a variable -> (names of its dims, array); None asks for a default name."""
 
 BLOCK = 128
+
+PRIOR_ATTEMPTS = 100
 
 
 def _dims(site: Site, ndim: int, names: Sequence[str] | None, value: bool = True) -> tuple[str | None, ...]:
@@ -58,6 +60,8 @@ def _stack_over_draws(
         start()
         try:
             stacked = mapped(index, draws)
+        except (DivergenceError, ConvergenceError):
+            stacked = None
         except PirlError:
             raise
         except Exception:  # whatever vmap cannot do (a branch on a value, an operator without a rule) a loop can
@@ -106,14 +110,32 @@ def simulate_draws(
 ) -> Values:
     """Run the model forwards ``count`` times, with latent sites fixed where given; all values are ``[count, ...]``."""
     stream = PREDICTIVE_STREAM if latent else PRIOR_STREAM
+    refused = 0
+
+    def simulate(values: Values) -> dict[str, Values]:
+        nonlocal refused
+        for _ in range(1 if latent else PRIOR_ATTEMPTS):
+            try:
+                return {"drawn": potential.simulate(values, args, kwargs)}
+            except (DivergenceError, ConvergenceError) as error:  # parameters for which there is nothing to draw from
+                refused, last = refused + 1, error
+        raise last
+
+    def start() -> None:
+        nonlocal refused
+        refused = 0
+        reseed(seed, stream)
+
     with own_generator():
-        return _stack_over_draws(
-            lambda values: {"drawn": potential.simulate(values, args, kwargs)},
-            latent,
-            count,
-            random=True,
-            start=lambda: reseed(seed, stream),
-        )["drawn"]
+        drawn = _stack_over_draws(simulate, latent, count, random=True, start=start)["drawn"]
+    if refused:
+        warnings.warn(
+            f"{refused} draws from the prior were drawn again, because the model has no law there (an infinite "
+            f"partition function, say); {count} others make the prior groups",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return drawn
 
 
 def describe(

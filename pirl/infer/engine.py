@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pirl.errors import OptionError
 
-PRIOR_STREAM, PREDICTIVE_STREAM = 1022, 1023
+START_STREAM, PRIOR_STREAM, PREDICTIVE_STREAM = 1021, 1022, 1023
 """Streams of random numbers beside those of the chains, which are numbered 0, 1, ..."""
 
 _COUNTER_BITS = 22

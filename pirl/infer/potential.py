@@ -23,9 +23,11 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
-from pirl.errors import DiscreteLatentError, ModelError, PirlError
+from pirl.errors import ConvergenceError, DiscreteLatentError, DivergenceError, ModelError, PirlError
 
 Values = dict[str, Tensor]
+
+SURVEY_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,21 @@ def _survey(
     """Run the model at a prior draw with validation on, refuse what no engine can do, and describe its sites.
 
     Also returns the names of what only Pyro's ELBO handles: of every ``pyro.param``, and of plates that subsample.
+    A draw at which the model has no density (an infinite partition function, say) says nothing against the model:
+    others are tried.
     """
+    for attempt in range(SURVEY_ATTEMPTS):
+        try:
+            return _survey_once(model, args, kwargs, subsampling)
+        except (DivergenceError, ConvergenceError):
+            if attempt == SURVEY_ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _survey_once(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], subsampling: bool
+) -> tuple[dict[str, Site], list[str], list[str]]:
     try:
         with pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Encountered")  # an infinite density is told when it stays so
