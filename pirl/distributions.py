@@ -130,8 +130,7 @@ class TabularTrajectory(TorchDistribution):
         return result * (self._full_batch(value).numel() / max(full.numel(), 1))
 
     def choice_log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
-        """Sum of log pi_t(a_t|s_t) over the steps of each trajectory: choices only, without starts, dynamics, or
-        their tilt.
+        """Sum of log pi_t(a_t|s_t) over the steps of each trajectory: choices only, neither starts nor dynamics.
 
         This is what econometrics calls the partial likelihood of choices, and what held-out log-likelihood a decision
         uses.
@@ -217,8 +216,7 @@ class TabularTrajectory(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Int[Tensor, "*sample_batch slots 2"]:
-        """Draw trajectories: start, actions and next states from the demonstrator's own law (tilted, in the
-        trajectory reading).
+        """Draw trajectories from the demonstrator's own law: start, actions, and next states (tilted, if luck obeys).
 
         Each goes on for its length (``lengths``, or its horizon), or until it ends in a terminal state, or stops.
 
@@ -273,9 +271,7 @@ class TabularTrajectory(TorchDistribution):
     def _step(
         self, rows: Tensor, state: Tensor, to_go: Tensor | None, reward: Tensor, values: Tensor
     ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-        """Action and next state (-1: stopped) of each episode; episodes with as many decisions to go share one
-        backup.
-        """
+        """Action and next state (-1: stopped) of each; episodes with as many decisions to go share one backup."""
         if to_go is None:
             if "log_policy" not in self._shared:  # stationary: once for all steps
                 self._shared["log_policy"] = log_policy_to_go(reward, values, self.problem)

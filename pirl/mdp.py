@@ -328,9 +328,7 @@ class TabularMDP:
 
 
 def _closure(start: Bool[Tensor, " S"], source: Tensor, target: Tensor) -> Bool[Tensor, " S"]:
-    """States reached from ``start`` along the edges source -> target (breadth first, by scipy: long corridors have
-    many levels).
-    """
+    """States reached from ``start`` along the edges source -> target."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import breadth_first_order
 

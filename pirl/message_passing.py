@@ -1,5 +1,4 @@
-"""The lecture's messages: beta_t(s,a), beta_t(s), alpha_t(s), mu_t(s,a), log Z, and the policies and occupancies made
-of them.
+"""The lecture's messages, beta_t(s,a), beta_t(s), alpha_t(s), mu_t(s,a), log Z, and policies and occupancies.
 
 All in log space (unnormalised messages underflow at T = 1000 even in float64), batched over leading dimensions of the
 reward, and differentiable in it. Trajectory reading, with p(a|s) the base measure (Levine 2018, section 2.3; Ziebart
@@ -27,6 +26,8 @@ from pirl.soft_values import (
     SoftProblem,
     Solver,
     backup,
+    chain_first,
+    chain_last,
     entry_weights,
     occupancy_step,
     soft_adjoint,
@@ -195,9 +196,9 @@ def messages(
     problem = soft_problem(mdp, reading, stopping=stopping)
     values = checked_values(mdp, reward, problem)
     log_beta_action = action_values(reward, values, problem)
+    mu = _occupancy(mdp, reward, values, problem)
     if problem.horizon is not None:
         values, log_beta_action = values.flip(-2), log_beta_action.flip(-3)
-    mu = occupancy(mdp, reward, reading, stopping=stopping, per_step=problem.horizon is not None)
     if reading == "causal":
         return Messages(log_beta_action, values, None, mu, None)
     first = values if problem.horizon is None else values[..., 0, :]
@@ -239,27 +240,26 @@ def occupancy(
     reward = mdp.check_reward(reward)
     problem = soft_problem(mdp, reading, stopping=stopping)
     values = checked_values(mdp, reward, problem)
+    if problem.horizon is None and per_step:
+        raise HorizonError("per_step=True needs a finite horizon")
+    mu = _occupancy(mdp, reward, values, problem)
+    return mu if per_step or problem.horizon is None else mu.sum(-3)
+
+
+def _occupancy(mdp: Dynamics, reward: Float[Tensor, "*batch S A"], values: Tensor, problem: SoftProblem) -> Tensor:
+    """mu_t by time ``[*batch, T, S, A]``, or summed over an infinite horizon ``[*batch, S, A]``."""
     first = _first(values, problem)
-    start = torch.softmax(mdp.initial.log() + first, -1) if reading == "trajectory" else mdp.initial.expand_as(first)
+    tilted = problem.reading == "trajectory"
+    start = torch.softmax(mdp.initial.log() + first, -1) if tilted else mdp.initial.expand_as(first)
     if problem.horizon is None:
-        if per_step:
-            raise HorizonError("per_step=True needs a finite horizon")
         return soft_adjoint(reward, values, start, problem)
-    base, now, weight = (
-        _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1),
-        _chain_last(values, 2),
-        _chain_last(start, 1),
-    )
+    base = chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
+    now, weight = chain_last(values, 2), chain_last(start, 1)
     steps = []
     for k in range(problem.horizon, 0, -1):
         visits, weight = occupancy_step(base, now[k], now[k - 1], weight, problem)
         steps.append(visits)
-    mu = torch.stack(steps).movedim(-1, 0).reshape(*reward.shape[:-2], len(steps), *reward.shape[-2:])
-    return mu if per_step else mu.sum(-3)
-
-
-def _chain_last(x: Tensor, event_dims: int) -> Tensor:
-    return x.flatten(0, x.dim() - event_dims - 1).movedim(0, -1) if x.dim() > event_dims else x.unsqueeze(-1)
+    return chain_first(torch.stack(steps), reward.shape[:-2])
 
 
 def _first(values: Tensor, problem: SoftProblem) -> Float[Tensor, "*batch S"]:
@@ -270,19 +270,19 @@ def _log_alpha(mdp: Dynamics, reward: Tensor, values: Tensor, problem: SoftProbl
     """Forward recursion, independent of mu (so that alpha p(a|s) beta / Z = mu is a check, not a definition)."""
     transitions = problem.transitions
     batch = reward.shape[:-2]
-    log_step = _chain_last(reward + problem.log_prior, 2).flatten(0, 1)[
+    log_step = chain_last(reward + problem.log_prior, 2).flatten(0, 1)[
         transitions.row
     ] + transitions.value.log().unsqueeze(-1)
     log_alpha = mdp.initial.log().unsqueeze(-1).expand(-1, log_step.shape[-1])
     if problem.horizon is None:
         # alpha = p(s_1) + M^T alpha, solved for alpha * beta, whose system is the tilted Markov chain's
-        base, now = _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1), _chain_last(values, 1)
+        base, now = chain_last(reward, 2) + problem.log_prior.unsqueeze(-1), chain_last(values, 1)
         policy = (backup(base, now, problem) - now.unsqueeze(1)).exp()
         weight = policy.flatten(0, 1)[transitions.row] * entry_weights(now, problem)
         first = log_alpha + now
         top = first.amax(0)
         product = solve_system(transitions, weight, (first - top).exp(), transpose=True)
-        return (product.log() + top - now).movedim(-1, 0).reshape(*batch, -1)
+        return chain_first(product.log() + top - now, batch)
     steps = [log_alpha]
     for _ in range(problem.horizon - 1):
         entry = steps[-1][transitions.state] + log_step
@@ -291,4 +291,4 @@ def _log_alpha(mdp: Dynamics, reward: Tensor, values: Tensor, problem: SoftProbl
         shift = torch.where(top.isfinite(), top, 0.0)
         total = torch.zeros_like(log_alpha).scatter_add(0, index, (entry - shift[transitions.column]).exp())
         steps.append(total.log() + shift)
-    return torch.stack(steps).movedim(-1, 0).reshape(*batch, problem.horizon, -1)
+    return chain_first(torch.stack(steps), batch)

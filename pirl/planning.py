@@ -17,6 +17,7 @@ from pirl.errors import (
     InvalidRewardError,
     NotUnichainError,
 )
+from pirl.soft_values import chain_first
 from pirl.transitions import Dynamics, scatter_max, solve_system
 
 
@@ -57,10 +58,6 @@ def _finite_reward(mdp: Dynamics, reward: Tensor) -> Float[Tensor, "*batch S A"]
     return reward
 
 
-def _back(x: Tensor, batch: torch.Size) -> Tensor:
-    return x.movedim(-1, 0).reshape(*batch, *x.shape[:-1])
-
-
 def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
     """Bellman-optimal plan: backward induction (finite horizon) or policy iteration.
 
@@ -87,7 +84,7 @@ def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
             values.append(qs[-1].amax(1))
         q, value = torch.stack(qs[::-1]), torch.stack(values[:0:-1])
         policy = torch.nn.functional.one_hot(q.argmax(2), r.shape[1]).movedim(-1, 2).to(r.dtype)
-        return OptimalPolicy(_back(policy, batch), _back(value, batch), _back(q, batch))
+        return OptimalPolicy(chain_first(policy, batch), chain_first(value, batch), chain_first(q, batch))
     # A proper start: mixing over every allowed action reaches a terminal state from anywhere.
     policy = (allowed / allowed.sum(1, keepdim=True)).to(r.dtype).expand_as(r)
     largest = torch.where(allowed, r, 0.0).abs().flatten(0, 1).amax(0)
@@ -104,7 +101,7 @@ def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
         better, previous = (best > chosen + rounding) & rising, value
         if not bool(better.any()):
             first = _first(mdp, (q >= best - rounding) | (policy > 0)).to(r.dtype)
-            return OptimalPolicy(_back(first, batch), _back(best.squeeze(1), batch), _back(q, batch))
+            return OptimalPolicy(chain_first(first, batch), chain_first(best.squeeze(1), batch), chain_first(q, batch))
         greedy = torch.nn.functional.one_hot(q.argmax(1), r.shape[1]).movedim(-1, 1).to(r.dtype)
         policy = torch.where(better, greedy, policy)
     raise ConvergenceError("policy iteration did not settle: values are too large for their differences to be seen")
@@ -183,13 +180,13 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
     r = reward.expand(*batch, *reward.shape[-2:]).reshape(-1, *reward.shape[-2:]).movedim(0, -1)
     pi = policy.expand(*batch, *policy.shape[-event:]).reshape(-1, *policy.shape[-event:]).movedim(0, -1)
     if mdp.horizon is None:
-        return _back(_evaluate(mdp, pi, r), batch)
+        return chain_first(_evaluate(mdp, pi, r), batch)
     values = [torch.zeros_like(r[:, 0])]
     for t in reversed(range(mdp.horizon)):
         q = r + mdp.discount * mdp.transitions.expect(values[-1]).reshape(r.shape)
         now = pi[t] if timed else pi
         values.append(torch.where(now > 0, now * q, 0.0).sum(1))
-    return _back(torch.stack(values[:0:-1]), batch)
+    return chain_first(torch.stack(values[:0:-1]), batch)
 
 
 def _checked_policy(mdp: Dynamics, policy: Tensor) -> Tensor:
@@ -228,12 +225,12 @@ def discounted_occupancy(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) -> 
         _require_end(mdp, pi)
         entries = mdp.discount * pi.flatten(0, 1)[mdp.transitions.row] * mdp.transitions.value.unsqueeze(-1)
         visits = solve_system(mdp.transitions, entries, weight, transpose=True)
-        return _back(visits.unsqueeze(1) * pi, batch)
+        return chain_first(visits.unsqueeze(1) * pi, batch)
     visits = torch.zeros_like(weight)
     for _ in range(mdp.horizon):
         visits = visits + weight
         weight = mdp.discount * mdp.transitions.flow((weight.unsqueeze(1) * pi).flatten(0, 1))
-    return _back(visits.unsqueeze(1) * pi, batch)
+    return chain_first(visits.unsqueeze(1) * pi, batch)
 
 
 def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | None = None) -> MostLikelyTrajectory:
@@ -276,7 +273,9 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
     if mdp.horizon is None and bool(((last >= 0) & ~mdp.terminal[last.clamp_min(0)]).any()):
         raise HorizonError(f"no terminal state was reached in max_length={steps} steps; raise it")
     result = torch.stack(states), torch.stack(actions)
-    return MostLikelyTrajectory(_back(result[0], batch), _back(result[1], batch), first.amax(0).reshape(batch))
+    return MostLikelyTrajectory(
+        chain_first(result[0], batch), chain_first(result[1], batch), first.amax(0).reshape(batch)
+    )
 
 
 def _max_product(mdp: Dynamics, base: Float[Tensor, "S A C"]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -47,10 +47,8 @@ class SoftProblem(Numbered):
 
     Args:
         transitions: P(s'|s,a) times the discount (causal), or times the probability of going on (trajectory); no
-            entry leaves a
-            terminal state.
-        log_prior: log p(a|s), -inf where an action is not available; a terminal state has one action, 0, with log p =
-            0.
+            entry leaves a terminal state.
+        log_prior: log p(a|s), -inf where an action is not available; a terminal state has one action, 0, of log p = 0.
         reading: how chance enters (module docstring).
         ended: ``[S, A]``, 1 where nothing follows a pair for sure (terminal states, actions that are not available),
             else 0.
@@ -87,9 +85,7 @@ def soft_values(reward: Float[Tensor, "*batch S A"], problem: SoftProblem, solve
 def soft_adjoint(
     reward: Float[Tensor, "*batch S A"], values: Tensor, cotangent: Tensor, problem: SoftProblem
 ) -> Float[Tensor, "*batch S A"]:
-    """Pull a cotangent of V back to the reward: with an indicator as cotangent, the expected visits that follow from
-    there.
-    """
+    """Pull a cotangent of V back to the reward; of an indicator, that gives the expected visits that follow from it."""
     return _SoftAdjoint.apply(reward, values, cotangent, problem)
 
 
@@ -113,12 +109,12 @@ def _adjoint_operator(reward: Tensor, values: Tensor, cotangent: Tensor, problem
 def _(reward: Tensor, problem: int, solver: str) -> Tensor:
     horizon, chains = Numbered.find(problem).horizon, reward.shape[:-2].numel()
     times = () if horizon is None else (horizon + 1,)
-    return _chain_first(reward.new_empty(*times, reward.shape[-2], chains), reward.shape[:-2])
+    return chain_first(reward.new_empty(*times, reward.shape[-2], chains), reward.shape[:-2])
 
 
 @_adjoint_operator.register_fake
 def _(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int) -> Tensor:
-    return _chain_first(reward.new_empty(*reward.shape[-2:], reward.shape[:-2].numel()), reward.shape[:-2])
+    return chain_first(reward.new_empty(*reward.shape[-2:], reward.shape[:-2].numel()), reward.shape[:-2])
 
 
 class _SoftValues(Function):
@@ -193,19 +189,18 @@ def _batch_first(tensors: tuple[Any, ...], dims: tuple[Any, ...], size: int) -> 
     ]
 
 
-def _chain_last(x: Tensor, event_dims: int) -> Tensor:
+def chain_last(x: Tensor, event_dims: int) -> Tensor:
     """``[*batch, *event] -> [*event, C]``, contiguous."""
     event = x.shape[x.dim() - event_dims :]
     return x.reshape(-1, math.prod(event)).t().contiguous().reshape(*event, -1)
 
 
-def _chain_first(x: Tensor, batch: torch.Size) -> Tensor:
+def chain_first(x: Tensor, batch: torch.Size) -> Tensor:
     """``[*event, C] -> [*batch, *event]``, a view."""
     return x.movedim(-1, 0).reshape(*batch, *x.shape[:-1])
 
 
-# ------------------------------------------------------------------------------------------------ plain kernels,
-# chain-last
+# ------------------------------------------------------------------------------------------------ kernels, chain-last
 
 
 def backup(base: Float[Tensor, "S A #C"], values: Float[Tensor, "S #C"], problem: SoftProblem) -> Tensor:
@@ -281,16 +276,16 @@ def occupancy_step(
 
 
 def _values(reward: Tensor, problem: SoftProblem, solver: Solver) -> Tensor:
-    base = _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
+    base = chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
     if problem.horizon is None:
-        return _chain_first(stationary_values(base, problem, solver), reward.shape[:-2])
-    return _chain_first(finite_values(base, problem, problem.horizon), reward.shape[:-2])
+        return chain_first(stationary_values(base, problem, solver), reward.shape[:-2])
+    return chain_first(finite_values(base, problem, problem.horizon), reward.shape[:-2])
 
 
 def _adjoint(reward: Tensor, values: Tensor, cotangent: Tensor, problem: SoftProblem) -> Tensor:
-    base = _chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
+    base = chain_last(reward, 2) + problem.log_prior.unsqueeze(-1)
     dims = 1 if problem.horizon is None else 2
-    values, cotangent = _chain_last(values, dims), _chain_last(cotangent, dims)
+    values, cotangent = chain_last(values, dims), chain_last(cotangent, dims)
     if problem.horizon is None:
         visits = stationary_visits(base, values, cotangent, problem)
     else:
@@ -300,7 +295,7 @@ def _adjoint(reward: Tensor, values: Tensor, cotangent: Tensor, problem: SoftPro
             step, flow = occupancy_step(base, values[k], values[k - 1], weight, problem)
             visits += step
             weight = cotangent[k - 1] + flow
-    return _chain_first(visits, reward.shape[:-2])
+    return chain_first(visits, reward.shape[:-2])
 
 
 def stationary_visits(base: Tensor, values: Tensor, weight: Tensor, problem: SoftProblem) -> Float[Tensor, "S A C"]:

@@ -158,8 +158,7 @@ class Trajectories:
                 episode, t = missing.nonzero()[0].tolist()
                 raise InvalidTrajectoriesError(f"trajectory {episode}, step {t}: the {name} is negative or missing")
 
-    # ------------------------------------------------------------------------------------------------ the face of a
-    # model's data
+    # ------------------------------------------------------------------------------------------------ data of a model
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -170,10 +169,9 @@ class Trajectories:
         return self.lengths.device
 
     def as_tensor(self) -> Int[Tensor, "N slots 2"] | None:
-        """(state, action) of every step, always the same object; (s, -1) is a last state without action, (-1, -1)
-        padding.
+        """(state, action) of every step; (s, -1) is a last state without action, (-1, -1) padding.
 
-        None for :meth:`unobserved` trajectories, so that the same model simulates.
+        Always the same object. None for :meth:`unobserved` trajectories, so that the same model simulates.
         """
         return self._table
 
@@ -266,8 +264,7 @@ class Trajectories:
                 f"trajectory {episode} ends 'terminated', but its last state {int(last[episode])} is not terminal"
             )
 
-    # ------------------------------------------------------------------------------------------------ other people's
-    # formats
+    # ------------------------------------------------------------------------------------------------ other formats
 
     @classmethod
     def from_dataframe(
@@ -281,8 +278,7 @@ class Trajectories:
         action: str = "action",
         ends: End | Sequence[End] = "truncated",
     ) -> Trajectories:
-        """One row a decision, sorted by ``t`` within (subject, episode). A last row with a missing action gives the
-        last state.
+        """One row a decision, sorted by ``t`` in (subject, episode); a last row without action gives the last state.
 
         Columns are named by the arguments; ``subject=None`` (or no such column) for a single subject. States and
         actions are whole numbers; subjects may be anything.

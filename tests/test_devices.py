@@ -103,9 +103,7 @@ def test_trajectories_stay_where_their_states_are() -> None:
     states, actions = torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([[1, 0], [0, -1]])
 
     def compute() -> tuple[Tensor | None, ...]:
-        demos = Trajectories(
-            states, actions, [2, 1], ends=["truncated", "horizon"], horizons=[4, -1], subjects=[0, 1]
-        )
+        demos = Trajectories(states, actions, [2, 1], ends=["truncated", "horizon"], horizons=[4, -1], subjects=[0, 1])
         inferred = Trajectories(states, actions)
         return tuple(
             x

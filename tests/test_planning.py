@@ -395,10 +395,12 @@ def test_the_stationary_distribution_is_kept_and_is_the_limit_of_the_discounted_
         assert float((mdp.initial @ deviation).abs().max()) > 1e-3  # so that the limit is not reached at once
     for gap in (1e-3, 1e-5):
         visits = discounted_occupancy(mdp.replace(discount=1 - gap), policy).sum(-1) * gap
-        first_order = torch.stack([
-            mdp.initial @ (torch.linalg.inv(torch.eye(4, dtype=torch.float64) - chain_of(mdp, x) + d) - d)
-            for x, d in zip(policy, found.unsqueeze(-2).expand(-1, 4, -1), strict=True)
-        ])
+        first_order = torch.stack(
+            [
+                mdp.initial @ (torch.linalg.inv(torch.eye(4, dtype=torch.float64) - chain_of(mdp, x) + d) - d)
+                for x, d in zip(policy, found.unsqueeze(-2).expand(-1, 4, -1), strict=True)
+            ]
+        )
         torch.testing.assert_close(visits, found + gap * first_order, atol=20 * gap**2 + 1e-12 / gap * 1e-3, rtol=0.0)
 
 
