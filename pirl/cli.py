@@ -101,7 +101,7 @@ PosteriorPath = Annotated[Path, typer.Argument(metavar="POSTERIOR.nc", help="A f
 @app.command("fit")
 def fit_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A Python file with model(...) and load(...).")],
-    engine: Annotated[str | None, typer.Option(help="nuts, svi, laplace, ...")] = None,
+    engine: Annotated[str | None, typer.Option(help="nuts, svi or laplace.")] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,

@@ -17,7 +17,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidTrajectoriesError
+from pirl.errors import HorizonError, InvalidRewardError, InvalidTrajectoriesError
 from pirl.mdp import TabularMDP
 from pirl.message_passing import (
     action_values,
@@ -60,7 +60,13 @@ class TabularTrajectory(TorchDistribution):
         horizon = memoised(mdp.memo, ("horizon",), (horizons,), lambda: known_horizon(horizons, mdp.horizon))
         self.problem: SoftProblem = soft_problem(mdp, self.reading, stopping=stopping, horizon=horizon)
         given = [x.shape for x in (lengths, horizons, starts) if x is not None]
-        batch_shape = torch.broadcast_shapes(self.reward.shape[:-2], *given)
+        try:
+            batch_shape = torch.broadcast_shapes(self.reward.shape[:-2], *given)
+        except RuntimeError:
+            raise InvalidRewardError(
+                f"rewards of batch shape {tuple(self.reward.shape[:-2])} do not fit episodes {tuple(given[0])}: index "
+                "them by the subject of each episode (reward[..., demos.subjects, :, :]), or end their batch with a 1"
+            ) from None
         self._shared: dict[str, Tensor] = {}  # computed once, whatever expands this distribution
         slots = memoised(mdp.memo, ("longest", horizon), (lengths,), lambda: _longest(lengths, horizon))
         # Validation is not torch's (constraints of arguments and support): it names trajectory and step.

@@ -389,6 +389,8 @@ def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Ten
         wrong = mask[(mask < 0) | (mask >= shape[0])]
         if wrong.numel():
             raise InvalidMDPError(f"{name} names state {int(wrong[0])}; states are 0 to {shape[0] - 1}")
+        if len(mask) != len(mask.unique()):
+            raise InvalidMDPError(f"{name} repeats a state number; a mask must be boolean: {name} == 1")
         return torch.zeros(shape, dtype=torch.bool, device=like.device).index_fill(0, mask.reshape(-1).long(), True)
     if mask.shape != shape or mask.dtype != torch.bool:
         raise InvalidMDPError(f"{name} is {mask.dtype} {tuple(mask.shape)}; expected a boolean mask of shape {shape}")

@@ -30,6 +30,8 @@ def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S 
         >>> linear_reward(torch.eye(3), torch.tensor([0.0, 1.0, 2.0])).shape
         torch.Size([3, 1])
     """
+    if not isinstance(features, Tensor):
+        raise InvalidRewardError(f"features must be a tensor, not {type(features).__name__}: use torch.as_tensor(...)")
     if features.dim() not in (2, 3):
         raise InvalidRewardError(f"features have shape {tuple(features.shape)}; expected [S, K] or [S, A, K]")
     num_features = features.shape[-1]

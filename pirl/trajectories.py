@@ -290,7 +290,7 @@ class Trajectories:
             )
         has_subject = subject is not None and subject in data.columns
         keys = [subject, episode] if has_subject else [episode]
-        for name in (*keys, t):
+        for name in (*keys, t, state):
             if data[name].isna().any():
                 raise InvalidTrajectoriesError(f"column {name!r} has missing entries; only a last action may be")
         states, actions, owners = [], [], []
@@ -298,6 +298,12 @@ class Trajectories:
             rows = rows.sort_values(t)
             if rows[t].duplicated().any():
                 raise InvalidTrajectoriesError(f"episode {key} has two rows with the same {t!r}")
+            if rows[t].dtype.kind in "iu" and (rows[t].diff().iloc[1:] != 1).any():
+                place = int((rows[t].diff().iloc[1:] != 1).to_numpy().argmax())
+                raise InvalidTrajectoriesError(
+                    f"episode {key} goes from {t!r} = {rows[t].iloc[place]} to {rows[t].iloc[place + 1]}: "
+                    "split it there, or number its decisions 0, 1, 2, ..."
+                )
             missing = rows[action].isna()
             if missing.iloc[:-1].any():
                 raise InvalidTrajectoriesError(f"episode {key} has a missing action before its last row")

@@ -608,3 +608,38 @@ def test_every_error_is_pirls_own_and_a_python_one() -> None:
         assert kind.__doc__
         builtin = (ValueError, ArithmeticError, RuntimeError, ImportError)
         assert kind is PirlError or issubclass(kind, builtin), kind
+
+
+def test_a_mask_of_whole_numbers_is_not_taken_for_state_numbers() -> None:
+    with pytest.raises(InvalidMDPError, match="repeats a state number; a mask must be boolean"):
+        oracle.random_mdp(0, terminal=[0, 0, 1])
+
+
+def test_a_gap_in_a_data_frame_is_no_transition() -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame({"episode": 0, "t": [0, 1, 3], "state": [0, 1, 2], "action": [0, 0, 0]})
+    with pytest.raises(InvalidTrajectoriesError, match="goes from 't' = 1 to 3"):
+        Trajectories.from_dataframe(frame)
+
+
+def test_rewards_by_subject_that_were_not_indexed_say_how() -> None:
+    mdp = oracle.random_mdp(0, horizon=4)
+    reward = torch.zeros(2, 3, 2, dtype=torch.float64)
+    with pytest.raises(InvalidRewardError, match="demos.subjects"):
+        pirl.MaxCausalEntTrajectory(mdp, reward, lengths=torch.full((5,), 3))
+
+
+def test_fit_names_the_trajectory_that_is_impossible() -> None:
+    mdp = oracle.random_mdp(0, states=3, actions=2, stochastic=False, horizon=4)
+    wrong = (int(mdp.transition[0, 0].argmax()) + 1) % 3
+    demos = Trajectories([[0, wrong]], [[0]])
+
+    def model(demos: Trajectories) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        with pyro.plate("episode", len(demos)):
+            law = pirl.MaxCausalEntTrajectory(mdp, weight * torch.ones(3, 2), lengths=demos.lengths)
+            pyro.sample("seen", law, obs=demos.as_tensor())
+
+    with pytest.raises(ImpossibleTransitionError, match="trajectory 0, step 0"):
+        pirl.fit(model, demos, progress=False)

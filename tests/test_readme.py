@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,3 +25,26 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert commands == ["bus", "test"]
     for command in commands:
         subprocess.run(["make", "--dry-run", command], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_example_of_several_subjects_runs() -> None:
+    import pandas as pd
+    import pyro
+    import pyro.distributions as dist
+
+    import pirl
+    from pirl.envs import gridworld, gridworld_features
+    from pirl.errors import ConvergenceWarning
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    example = next(block for block in blocks if "from_dataframe" in block)
+    mdp, features = gridworld(3, 3, discount=0.9), gridworld_features(3, 3, 3)
+    rows = [(s, e, t, 0, 4) for s in ("anna", "bob") for e in range(3) for t in range(4)]
+    frame = pd.DataFrame(rows, columns=["subject", "episode", "t", "state", "action"])
+    quick = "pirl.fit(model, demos, mdp, features, engine='laplace', num_samples=50, num_prior=20, progress=False, "
+    assert "pirl.fit(model, demos, mdp, features, " in example
+    names = {"pirl": pirl, "pyro": pyro, "dist": dist, "frame": frame, "mdp": mdp, "features": features}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a Gaussian cannot follow a scale near 0
+        exec(example.replace("pirl.fit(model, demos, mdp, features, ", quick), names)
+    assert names["posterior"].posterior["offset"].dims == ("chain", "draw", "subject", "feature")

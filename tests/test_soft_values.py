@@ -39,6 +39,11 @@ def make(name: str, stochastic: bool = True, seed: int = 3, **more: object) -> t
     return mdp, soft_problem(mdp, reading, stopping=stopping)  # type: ignore[arg-type]
 
 
+def problem_discount(name: str) -> float:
+    """The discount that scales tolerances; 0 where values do not accumulate without end."""
+    return float(KINDS[name][1].get("discount", 0.0))  # type: ignore[arg-type]
+
+
 def rewards(*batch: int, shift: float = -1.5) -> Tensor:
     """Low enough for every undiscounted sum over paths to converge."""
     return torch.randn(*batch, 3, 3, dtype=torch.float64) + shift
@@ -129,7 +134,8 @@ def test_dense_equals_sparse(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         values = soft_values(reward, problem)
         results.append((values, *torch.autograd.grad(values.sum(), reward)))
     for dense, sparse in zip(*results, strict=True):
-        torch.testing.assert_close(dense, sparse, rtol=1e-11, atol=1e-11)
+        scale = 1 / (1 - problem_discount(name))
+        torch.testing.assert_close(dense, sparse, rtol=1e-12 * scale, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("name", STATIONARY)
@@ -179,15 +185,16 @@ def test_newton_takes_few_steps_where_value_iteration_takes_thousands(monkeypatc
     assert newton <= 15 and len(calls) - newton > 1000
 
 
-@pytest.mark.parametrize("size", [1000.0, -1000.0])
-@pytest.mark.parametrize("name", KINDS)
+# At +1000 the sum over paths diverges where only rewards bound the length of an episode (tests of bad input).
+DIVERGING = {("absorbing trajectory", 1000.0), ("stopping trajectory", 1000.0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, s) for n in KINDS for s in (1000.0, -1000.0) if (n, s) not in DIVERGING]
+)
 def test_extreme_rewards_stay_finite(name: str, size: float) -> None:
     """Rewards of +-1000: wherever the sum exists at all."""
-    reading, options = KINDS[name]
-    if size > 0 and "absorbing" in name and reading == "trajectory":
-        pytest.skip("the sum over paths diverges")
-    if size > 0 and name == "stopping trajectory":
-        pytest.skip("the sum over paths diverges")
+    _, options = KINDS[name]
     for stochastic in (True, False):
         more = {"terminal": [0]} if not stochastic and "terminal" in options else {}
         try:

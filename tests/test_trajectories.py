@@ -234,7 +234,7 @@ def test_a_data_frame_without_last_states() -> None:
         ({"t": [0, 1, 1]}, r"episode .*0.* has two rows with the same 't'"),
         ({"action": [0, None, 1]}, "missing action before its last row"),
         ({"state": [0, 1.5, 2]}, r"states\[0\] must be whole numbers"),
-        ({"state": [0, None, 2]}, r"states\[0\] must be whole numbers"),
+        ({"state": [0, None, 2]}, "column 'state' has missing entries"),
         ({"state": ["a", "b", "c"]}, r"states\[0\] cannot be read as whole numbers"),
         ({"episode": [0, None, 0]}, "column 'episode' has missing entries"),
         ({"t": [0, None, 2]}, "column 't' has missing entries"),

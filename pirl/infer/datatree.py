@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,6 +243,35 @@ def check_names(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]]
             raise OptionError(f"coords[{dim!r}] has {len(labels)} labels, but the dim has size {found}")
 
 
+def _in_order(variables: Named) -> list[str]:
+    """Order variables so that a dataset of them lists its dims in an order that each of them keeps.
+
+    ArviZ labels the elements of a variable in the dataset's order of dims, that of first appearance, and takes the
+    numbers in the variable's own: where the two differ (mu [what] before w [subject, what]), its tables give numbers
+    the names of others. Variables stay in their places but for those that must come first.
+    """
+    dims = {name: [dim for dim in variables[name][0] if dim is not None] for name in variables}
+    before: dict[str, set[str]] = {dim: set() for names in dims.values() for dim in names}
+    for names in dims.values():
+        for first, second in pairwise(names):
+            before[second].add(first)
+    try:
+        wanted = list(TopologicalSorter(before).static_order())
+    except CycleError:  # two variables disagree: no order serves both
+        return list(variables)
+    ordered: list[str] = []
+    waiting = list(variables)
+    while waiting:
+        missing = [dim for dim in wanted if not any(dim in dims[name] for name in ordered)]
+        # The next that brings no dim, or just those that are wanted next; failing that, the one that brings the most.
+        new = {name: [dim for dim in dims[name] if dim in missing] for name in waiting}
+        fitting = [name for name in waiting if new[name] == missing[: len(new[name])]]
+        chosen = fitting[0] if fitting else max(waiting, key=lambda name: len(new[name]))
+        ordered.append(chosen)
+        waiting.remove(chosen)
+    return ordered
+
+
 def to_datatree(
     groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]], attrs: Mapping[str, str | int | float]
 ) -> xarray.DataTree:
@@ -253,7 +284,7 @@ def to_datatree(
     tree = {}
     for group, variables in groups.items():
         index = {name: array for name, (dims, array) in variables.items() if dims == (name,)}
-        data = {name: array for name, (_, array) in variables.items() if name not in index}
+        data = {name: variables[name][1] for name in _in_order(variables) if name not in index}
         tree[group] = dict_to_dataset(
             data,
             coords={**labels, **index},

@@ -46,9 +46,10 @@ def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool
     ratios = (log_p - log_q).detach().cpu().numpy().astype(float)
     ratios = np.where(np.isfinite(ratios), ratios, -np.inf if np.isfinite(ratios).any() else 0.0)
     smooth, khat = ratios, -np.inf
+    rounding = 1e3 * torch.finfo(log_p.dtype).eps * (1 + float(log_p[log_p.isfinite()].abs().sum() / len(log_p)))
     if len(ratios) < FEWEST:
         khat = np.nan  # too few draws for a tail
-    elif np.ptp(ratios[np.isfinite(ratios)]) > 1e-9:  # else the approximation is exact, and has no tail
+    elif np.ptp(ratios[np.isfinite(ratios)]) > rounding:  # else the approximation is exact, and has no tail
         smooth, khat = array_stats.psislw(-ratios)  # it takes the log of the inverse weights, as loo does
     smooth = smooth - np.logaddexp.reduce(smooth)
     size = float(np.exp(-np.logaddexp.reduce(2 * smooth)))
@@ -61,7 +62,7 @@ def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool
     if khat >= TRUSTED_K:
         warnings.warn(
             f"the approximation may miss part of the posterior: Pareto k-hat is {khat:.2f}, above {TRUSTED_K} "
-            f"(its {len(smooth)} draws count for {size:.0f}); use engine='nuts', or another guide",
+            f"(its {len(smooth)} draws count for {size:.0f}); use engine='nuts' (or, with svi, a richer guide)",
             ConvergenceWarning,
             3,
         )

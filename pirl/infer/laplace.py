@@ -137,7 +137,8 @@ def run(
             worst = names[int(vectors[:, 0].abs().argmax())]
             raise ModelError(
                 f"the Hessian at the best mode is not positive definite (smallest eigenvalue {float(lowest[0]):.3g}, "
-                f"mostly along {worst}): there is no Gaussian approximation; use engine='nuts', or a proper prior"
+                f"mostly along {worst}): there is no Gaussian approximation; use engine='nuts', a proper prior, "
+                "or for a scale that can shrink to 0 the non-centred form w = mu + tau * z"
             )
         factor = torch.linalg.cholesky(precision)
         # Distance to the mode that is left, in posterior standard deviations.

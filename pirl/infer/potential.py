@@ -60,13 +60,20 @@ def bijection(fn: Any) -> Transform:
     return biject_to(support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support)
 
 
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def _kind(message: Mapping[str, Any]) -> str:
     """Sort a sample message into the kinds of :class:`Site`, and "plate" for the index of a plate."""
     if isinstance(message["fn"], _Subsample):
         return "plate"
     if not message["is_observed"]:
         return "latent"
-    if message["infer"].get("_deterministic"):
+    # A site that Pyro reparametrised is a point mass at a function of other sites, as a deterministic one is.
+    if message["infer"].get("_deterministic") or isinstance(_base(message["fn"]), pyro.distributions.Delta):
         return "deterministic"
     return "factor" if isinstance(message["fn"], pyro.distributions.Unit) else "observed"
 
@@ -311,7 +318,14 @@ def _survey_once(
                     trace = pyro.poutine.trace(model, graph_type="flat").get_trace(*args, **kwargs)
     except PirlError:
         raise
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        reason: BaseException | None = error
+        while reason is not None:  # Pyro wraps what a distribution says, and so hides which trajectory it names
+            if isinstance(reason, PirlError):
+                raise reason from None
+            reason = reason.__cause__ or reason.__context__
+        if isinstance(error, RuntimeError):
+            raise
         raise ModelError(
             f"the model cannot be evaluated at a draw from its prior: {str(error).splitlines()[0]}"
         ) from error
