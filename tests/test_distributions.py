@@ -88,8 +88,9 @@ def test_density_sums_to_one_given_starts_and_own_horizons(cls: type[TabularTraj
         assert math.isclose(float(several.log_prob(values)[:-1].exp().sum()), 1.0, rel_tol=1e-12)
 
 
-def test_geometric_stopping_sums_to_one() -> None:
-    mdp, reward = make(horizon=3, discount=0.7)
+@pytest.mark.parametrize("name", ["stochastic", "terminal", "masked"])
+def test_geometric_stopping_sums_to_one(name: str) -> None:
+    mdp, reward = make(name, horizon=3, discount=0.7)
     table = everything(mdp, 3, stop=1 - 0.7)
     whole = MaxEntTrajectory(mdp, reward, stopping="geometric").log_prob(table).exp()
     assert math.isclose(float(whole.sum()), 1.0, rel_tol=1e-12)

@@ -172,9 +172,10 @@ def test_geometric_stopping_is_absorption_in_one_more_state() -> None:
     torch.testing.assert_close(
         log_partition(mdp, reward, stopping="geometric"), log_partition(whole, padded), rtol=1e-12, atol=1e-12
     )
-    finite = mdp.replace(horizon=4)
-    expected = oracle.log_partition(finite, reward, stop=0.2)
-    assert math.isclose(float(log_partition(finite, reward, stopping="geometric")), expected, rel_tol=1e-12)
+    for terminal in ([], [2]):
+        finite = mdp.replace(horizon=4, terminal=terminal)
+        expected = oracle.log_partition(finite, reward, stop=0.2)
+        assert math.isclose(float(log_partition(finite, reward, stopping="geometric")), expected, rel_tol=1e-12)
 
 
 def test_the_trajectory_reading_refuses_a_discount() -> None:
