@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -272,3 +273,11 @@ def test_a_problem_of_terminal_states_only() -> None:
     # The no-op of the terminal state is all that happens.
     reward = torch.tensor([[0.3, 9.0]], dtype=torch.float64)
     assert float(message_passing.log_partition(mdp, reward)) == pytest.approx(0.3, abs=1e-15)
+
+
+def test_a_base_measure_has_no_weight_on_actions_that_are_not_available() -> None:
+    available = torch.tensor([[True, False], [True, True], [True, True]])
+    prior = torch.tensor([[1.0, 0.7], [0.5, 0.5], [0.2, 0.8]], dtype=torch.float64)
+    mdp = oracle.random_mdp(0, available=available, action_prior=prior, horizon=2)
+    assert mdp.log_prior[0].tolist() == [0.0, -math.inf]
+    assert not mdp.acts[0, 1] and mdp.acts[1:].all()
