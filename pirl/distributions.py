@@ -100,11 +100,10 @@ class TabularTrajectory(TorchDistribution):
         return values
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
-        """Normalised log density of each trajectory, p(s_1), P(s'|s,a) and p(a|s) included: over what ``sample`` can
-        return it sums to 1.
+        """Normalised log density of each trajectory, p(s_1), P(s'|s,a) and p(a|s) included.
 
-        A trajectory that is shorter than ``lengths``, or lacks its last state, has the probability of all that could
-        follow. A blank one has log-probability 0.
+        Over what ``sample`` can return it sums to 1. A trajectory that is shorter than ``lengths``, or lacks its last
+        state, has the probability of all that could follow. A blank one has log-probability 0.
 
         Raises:
             InvalidTrajectoriesError, ImpossibleTransitionError, UnavailableActionError, HorizonError: with validation

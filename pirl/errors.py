@@ -48,8 +48,8 @@ class DiscountError(PirlError, ValueError):
     """The trajectory reading of exp(r) was asked for a discounted problem without saying how an episode ends."""
 
 
-class RewardTimingError(PirlError, ValueError):
-    """A reward r(s, a, s') was given to the trajectory reading, where it does not reduce to its mean."""
+class RewardTimingError(InvalidRewardError):
+    """A reward r(s, a, s') was given where a reward is r(s, a)."""
 
 
 class DivergenceError(PirlError, ArithmeticError):

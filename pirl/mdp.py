@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidMDPError, InvalidRewardError, UnboundedProblemError
+from pirl.errors import InvalidMDPError, InvalidRewardError, RewardTimingError, UnboundedProblemError
 from pirl.transitions import TransitionMap
 
 _ROW_SUM_TOLERANCE = 1e-8
@@ -194,6 +194,11 @@ class TabularMDP:
             )
         if reward.shape == (states,):
             reward = reward.unsqueeze(-1)
+        if reward.shape[-3:] == (states, actions, states) and actions != states:
+            raise RewardTimingError(
+                f"reward has shape {tuple(reward.shape)}, r(s,a,s'): for the causal reading use "
+                "pirl.expected_reward; the trajectory reading has no such mean, so let the state say what happened"
+            )
         if reward.dim() < 2 or reward.shape[-2] != states or reward.shape[-1] not in (1, actions):
             raise InvalidRewardError(
                 f"reward has shape {tuple(reward.shape)}; expected [*batch, {states}, {actions}] for r(s,a), "

@@ -29,6 +29,7 @@ from pirl.errors import (
     InvalidTrajectoriesError,
     NonFiniteError,
     PirlError,
+    RewardTimingError,
     StuckChainsError,
     UnavailableActionError,
     UnboundedProblemError,
@@ -643,3 +644,10 @@ def test_fit_names_the_trajectory_that_is_impossible() -> None:
 
     with pytest.raises(ImpossibleTransitionError, match="trajectory 0, step 0"):
         pirl.fit(model, demos, progress=False)
+
+
+@pytest.mark.parametrize("law", [pirl.MaxEntTrajectory, pirl.MaxCausalEntTrajectory])
+def test_rewards_of_the_next_state_are_refused_with_the_way_out(law: Any) -> None:
+    mdp = oracle.random_mdp(0, states=3, actions=2, horizon=4)
+    with pytest.raises(RewardTimingError, match="expected_reward"):
+        law(mdp, torch.zeros(3, 2, 3, dtype=torch.float64))
