@@ -5,6 +5,7 @@ posterior. pirl is the vocabulary (decision problems, trajectories, their distri
 model is the sentence written with it.
 """
 
+from pirl.diagnose import diagnose
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
 from pirl.fit import fit
 from pirl.mdp import TabularMDP
@@ -21,6 +22,7 @@ __all__ = [
     "Messages",
     "TabularMDP",
     "Trajectories",
+    "diagnose",
     "expected_reward",
     "fit",
     "linear_reward",

@@ -1,4 +1,4 @@
-"""The command line: ``pirl fit MODEL.py``, ``pirl summary posterior.nc``, ``pirl plot posterior.nc``.
+"""The command line: ``pirl fit MODEL.py``, and ``pirl summary``, ``diagnose`` and ``plot`` of its ``posterior.nc``.
 
 A model file is a Python file with
 
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pirl.diagnose import print_diagnosis
 from pirl.errors import ConvergenceWarning, OptionError, PirlError, PosteriorFileError
 from pirl.summary import print_summary
 
@@ -139,6 +140,13 @@ def fit_command(
 def summary_command(posterior: PosteriorPath) -> None:
     """Print the table of a posterior file: estimates, how far to trust them, and reference values beside."""
     print_summary(read_posterior(posterior))
+
+
+@app.command("diagnose")
+def diagnose_command(posterior: PosteriorPath) -> None:
+    """Say what is wrong with a posterior file and what to try; exit status 1 if something is."""
+    findings = print_diagnosis(read_posterior(posterior))
+    raise typer.Exit(int(any(finding.severity == "problem" for finding in findings)))
 
 
 @app.command("plot")

@@ -102,3 +102,23 @@ class EmptyTrajectoriesWarning(UserWarning):
 
 class ConvergenceWarning(UserWarning):
     """An approximation or a chain has not converged; its numbers should not be trusted."""
+
+
+class RankError(PirlError, RuntimeError):
+    """Another process of a run over several devices has ended or does not answer."""
+
+
+class CheckpointError(PirlError, ValueError):
+    """A checkpoint is damaged, belongs to another run, or cannot be written."""
+
+
+class MemoryLimitError(PirlError, MemoryError):
+    """A run needs more memory than there is."""
+
+
+class InterruptedWarning(UserWarning):
+    """Sampling was interrupted: the result has fewer draws than were asked for."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint could not be written; the run goes on, and the last good checkpoint is intact."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from pirl.errors import OptionError
 from pirl.infer import Potential, get_engine
+from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
 from pirl.infer.engine import START_STREAM, own_generator, reseed
+from pirl.infer.memory import check_memory
+from pirl.infer.ranks import joined
 
 if TYPE_CHECKING:
     import xarray
@@ -30,15 +34,17 @@ def fit(
     *args: Any,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
-    engine: str = "nuts",
-    num_chains: int = 4,
-    num_warmup: int = 1000,
-    num_samples: int = 1000,
+    engine: str = "chees",
+    num_chains: int | None = None,
+    num_warmup: int | None = None,
+    num_samples: int | None = None,
     thin: int = 1,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    log_likelihood: bool = True,
     num_posterior_predictive: int = 500,
     num_prior: int = 500,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -61,20 +67,29 @@ def fit(
             with ``constant_data()`` describes itself in the group constant_data, where tensors and arrays go as well.
         coords: labels by dim.
         dims: names of the last dims by site or argument, where the model does not give them.
-        engine: "nuts" (exact), "svi" or "laplace" (approximations).
-        num_chains, num_warmup, num_samples: chains, and steps a chain; the approximations need no warm-up and return
-            one chain of ``num_chains * num_samples`` independent draws.
+        engine: "chees" (many chains at once), "nuts" (few, one after the other), "smc" (several modes; evidence):
+            exact; "svi" or "laplace": approximations. Their options are told in ``pirl.infer``.
+        num_chains, num_warmup, num_samples: chains, and steps a chain; None: as many as suits the engine. The
+            approximations need no warm-up and return one chain of ``num_chains * num_samples`` independent draws.
         thin: keep every thin-th draw; the draws of an approximation are independent, so ask for fewer of those.
         seed: reproduces every number exactly on the same machine.
         device, dtype: move the arguments there first. Tensors that a model closes over stay where they are.
-        progress: draw a bar, on terminals only.
+        progress: show how the run goes, in terminals and notebooks only.
+        checkpoint: a file that the run saves itself to, every half a minute and when it is interrupted; the same call
+            then goes on from there and gives the same draws, bit by bit. With more ``num_samples`` it draws on.
+        log_likelihood: keep the log-likelihood of each observation (for LOO), which may be the largest part.
         num_posterior_predictive, num_prior: draws to simulate; 0 leaves the groups out.
         model_kwargs: keyword arguments of the model. A keyword that the model's signature names may also be given
             directly, where it is none of the above.
         options: options of the engine.
 
+    Ctrl-C ends sampling and returns the draws so far. Under ``torchrun`` the chains are split over the processes; the
+    draws are the same, and only the process of rank 0 gets them: the others get None.
+
     Raises:
         OptionError: an unknown engine or option, or labels that do not fit.
+        CheckpointError: the checkpoint is damaged, belongs to another run, or cannot be written.
+        MemoryLimitError: the result would not fit into memory.
         ModelError: the model is not one that the engine can sample (and its subclasses, see the engine).
 
     Example:
@@ -83,41 +98,45 @@ def fit(
     """
     began = time.perf_counter()
     run = get_engine(engine)
-    counts = {"num_chains": num_chains, "num_samples": num_samples, "thin": thin}
-    for name, count in counts.items():
-        if count < 1:
-            raise OptionError(f"{name} is {count}, but must be at least 1")
-    if num_chains > START_STREAM:
-        raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")
+    parameters = inspect.signature(run).parameters
+    given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
+    counts = {name: parameters[name].default if count is None else count for name, count in given.items()}
+    for name, count in (counts | {"thin": thin}).items():
+        if count < (name != "num_warmup"):
+            raise OptionError(f"{name} is {count}, but must be at least {int(name != 'num_warmup')}")
     named = set(inspect.signature(model).parameters)
     kwargs = {name: options.pop(name) for name in list(options) if name in named} | dict(model_kwargs or {})
     _check_options(engine, run, options)
+    samples = "ranks" in parameters  # else it approximates
+    if thin > 1 and not samples:
+        raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
+    if checkpoint is not None and not samples:
+        raise OptionError(f"engine {engine!r} saves no checkpoints: leave checkpoint out, or use 'chees' or 'nuts'")
     everything = [*args, *kwargs.values()]
-    given = device is not None or dtype is not None
+    moving = device is not None or dtype is not None
     dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
     dtype = dtype or torch.float64
-    device = torch.device(device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu")
-    args = tuple(_moved(value, device, dtype, given) for value in args)
-    kwargs = {name: _moved(value, device, dtype, given) for name, value in kwargs.items()}
-    with _surroundings(device, dtype):
+    device = _own_device(device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu")
+    args = tuple(_moved(value, device, dtype, moving) for value in args)
+    kwargs = {name: _moved(value, device, dtype, moving) for name, value in kwargs.items()}
+    name = getattr(model, "__name__", type(model).__name__)
+    with _surroundings(device, dtype), joined(device) as ranks:
+        if not (samples or ranks.leads):
+            return None  # type: ignore[return-value] # an approximation is the work of one process
         reseed(seed, START_STREAM)
         potential = Potential(model, args, kwargs, subsampling=engine == "svi")
         constant = _constant_data(_bound(model, args, kwargs), dims or {})
-        check_names(planned(potential, dims or {}) | {"constant_data": constant}, coords or {})  # before the long work
-        draws = run(
-            potential,
-            num_chains=num_chains,
-            num_warmup=num_warmup,
-            num_samples=num_samples,
-            seed=seed,
-            progress=progress,
-            **options,
-        )
-        if thin > 1 and "approximation" in draws.attrs:
-            raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
-        draws.values = {name: value[:, ::thin] for name, value in draws.values.items()}
-        draws.stats = {name: value[:, ::thin] for name, value in draws.stats.items()}
+        # What can be refused is refused before the long work.
+        check_names(planned(potential, dims or {}) | {"constant_data": constant}, coords or {})
+        check_memory(potential, -(-counts["num_samples"] // thin) * counts["num_chains"], log_likelihood)
+        shared: dict[str, Any] = {"thin": thin, "ranks": ranks} if samples else {}
+        if checkpoint is not None:
+            identity = {"model": name, "engine": engine, "seed": seed, **counts, "thin": thin, "options": options}
+            shared["checkpoint"] = open_checkpoint(checkpoint, potential, identity)
+        draws = run(potential, **counts, seed=seed, progress=progress, **shared, **options)
         sampled = time.perf_counter()
+        if not ranks.leads:
+            return None  # type: ignore[return-value]
         groups = describe(
             potential,
             draws,
@@ -126,17 +145,19 @@ def fit(
             num_prior=num_prior,
             seed=seed,
             dims=dims or {},
+            log_likelihood=log_likelihood,
         )
     groups["constant_data"] = constant
     groups |= draws.extra
     attrs = {
-        "model": getattr(model, "__name__", type(model).__name__),
+        "model": name,
         **_versions(),
         "created_at": datetime.now(UTC).isoformat(),
         "engine": engine,
         "seed": seed,
         **dict(zip(("num_chains", "num_samples"), next(iter(draws.values.values())).shape[:2], strict=True)),
-        **({} if "approximation" in draws.attrs else {"tuning_steps": num_warmup, "thin": thin}),
+        **({"tuning_steps": counts["num_warmup"], "thin": thin} if samples else {}),
+        "num_ranks": ranks.size,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
         "sampling_time": sampled - began,
@@ -146,8 +167,17 @@ def fit(
     return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
 
 
+def _own_device(device: torch.device | str) -> torch.device:
+    """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
 def _check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    common = ("potential", "num_chains", "num_warmup", "num_samples", "seed", "progress")
+    common = ("potential", "num_chains", "num_warmup", "num_samples", "seed", "progress", "thin", "ranks", "checkpoint")
     known = [name for name in inspect.signature(run).parameters if name not in common]
     for name in options:
         if name not in known:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pirl.convergence import element_names, ess_bulk, ess_tail, rhat
+from pirl.diagnose import verdict
+
 if TYPE_CHECKING:
     import xarray
 
 # A parameter with more elements belongs in a figure.
 MOST_ROWS = 40
-# Vehtari et al. 2021: the chains agree, and the diagnostics themselves are stable.
-MAX_RHAT, MIN_ESS_PER_CHAIN = 1.01, 100
 
 
 def print_summary(posterior: xarray.DataTree) -> None:
@@ -36,7 +37,7 @@ def print_summary(posterior: xarray.DataTree) -> None:
     print()
     if large:
         print(f"Not shown for its size: {', '.join(large)}.")
-    print(_verdict(posterior), _what_was_run(posterior), sep="\n")
+    print(verdict(posterior), _what_was_run(posterior), sep="\n")
 
 
 def _is_large(data: xarray.DataArray) -> bool:
@@ -45,56 +46,29 @@ def _is_large(data: xarray.DataArray) -> bool:
 
 def _rows(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> Iterator[list[str]]:
     """One row of texts a parameter: the columns of :func:`print_summary`."""
-    import arviz_stats
-
-    small = posterior[[name for name, data in posterior.data_vars.items() if not _is_large(data)]]
-    diagnostics = [
-        arviz_stats.ess(small, method="bulk"),
-        arviz_stats.ess(small, method="tail"),
-        arviz_stats.rhat(small),
-    ]
-    for name, data in small.data_vars.items():
-        draws = data.values.reshape(data.shape[0] * data.shape[1], -1)
+    for name, data in posterior.data_vars.items():
+        if _is_large(data):
+            continue
+        values = data.values.reshape(*data.shape[:2], -1).astype(float)
         published = np.ravel(reference.get("values", {}).get(name, np.nan))
         errors = np.ravel(reference.get("standard_errors", {}).get(name, np.nan))
-        checks = np.stack([dataset[name].values.ravel() for dataset in diagnostics], axis=1)
-        labels = [[str(label) for label in data[dim].values] for dim in data.dims[2:]]
-        for i, (index, values) in enumerate(zip(np.ndindex(data.shape[2:]), draws.T, strict=True)):
-            element = ",".join(axis[j] for axis, j in zip(labels, index, strict=True))
-            sd = values.std(ddof=1)
+        checks = np.stack([ess_bulk(values), ess_tail(values), rhat(values)], axis=1)
+        for i, label in enumerate(element_names(data)):
+            draws = values[..., i].ravel()
+            sd = draws.std(ddof=1) if len(draws) > 1 else 0.0
             # Two or three digits of the standard deviation say all that there is to say.
             places = int(np.clip(2 - np.floor(np.log10(sd)), 0, 6)) if sd > 0 else 3
-            numbers = [values.mean(), sd, *np.quantile(values, [0.05, 0.5, 0.95])]
-            row = [f"{name}[{element}]" if element else str(name), *(f"{x:.{places}f}" for x in numbers)]
-            # R-hat compares chains; independent draws of an approximation are one chain.
-            row += [*(f"{ess:.0f}" for ess in checks[i, :2]), f"{checks[i, 2]:.3f}" if len(data) > 1 else "-"]
+            numbers = [draws.mean(), sd, *np.quantile(draws, [0.05, 0.5, 0.95])]
+            row = [label, *(f"{x:.{places}f}" for x in numbers)]
+            # A constant has neither.
+            row += ["-" if np.isnan(x) else f"{x:.{digits}f}" for x, digits in zip(checks[i], (0, 0, 3), strict=True)]
+            if len(data) == 1:  # R-hat compares chains; independent draws of an approximation are one chain.
+                row[-1] = "-"
             if reference:
                 at, error = published[i % published.size], errors[i % errors.size]
                 bracket = "" if np.isnan(error) else f" ({error:.{places}f})"
                 row.append("" if np.isnan(at) else f"{at:.{places}f}{bracket}")
             yield row
-
-
-def _verdict(posterior: xarray.DataTree) -> str:
-    """Whether the numbers can be trusted, in one line."""
-    import arviz_stats
-
-    if "approximation" in posterior.attrs:
-        k = float(posterior.attrs.get("pareto_k", np.nan))
-        judgement = "close to the posterior" if k < 0.7 else "do not trust it: use an exact engine, such as nuts"
-        return f"An approximation ({posterior.attrs['approximation']}); Pareto k-hat {k:.2f}: {judgement}."
-    draws = posterior["posterior"].to_dataset()
-    ess = min(
-        float(data.min()) for method in ("bulk", "tail") for data in arviz_stats.ess(draws, method=method).values()
-    )
-    rhat = max(float(data.max()) for data in arviz_stats.rhat(draws).values())
-    stats = posterior["sample_stats"].to_dataset()
-    divergent = int(stats["diverging"].sum()) if "diverging" in stats else 0
-    figures = f"{divergent} divergences, R-hat at most {rhat:.3f}, ESS at least {ess:.0f}"
-    wanted = MIN_ESS_PER_CHAIN * draws.sizes["chain"]
-    if divergent == 0 and rhat < MAX_RHAT and ess >= wanted:
-        return f"{figures}: the chains agree."
-    return f"{figures}: do not trust this yet (wanted: 0, {MAX_RHAT}, {wanted}); try more --warmup and --samples."
 
 
 def _what_was_run(posterior: xarray.DataTree) -> str:

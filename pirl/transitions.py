@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +25,11 @@ from torch.autograd import Function
 _DENSE_ABOVE = 0.25
 # Systems with at most this many states are solved by a batched dense LU; beyond it by a sparse LU, or by iteration.
 DENSE_STATES = 1000
-_SOLVE_BYTES = 2**28
+# Dense systems of this size are solved at a time: what fits a cache is not fetched from memory anew.
+_SOLVE_BYTES = 2**20
+# From this many states on, where M contracts at least this fast, products with it are cheaper than factors of I - M.
+_KRYLOV_STATES, _KRYLOV_RATE = 256, 0.99
+_KRYLOV_STEPS, _KRYLOV_CYCLES = 20, 20
 
 
 _numbered: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -89,11 +94,19 @@ class SparseMap(Numbered):
         """``matrix.T @ y``."""
         return _Product.apply(y, self, True) if _differentiated(y) else self.transposed @ y
 
-    def apply_plus(self, base: Float[Tensor, "outputs #C"], x: Float[Tensor, "inputs C"]) -> Float[Tensor, "outputs C"]:
-        """``base + matrix @ x``, in one pass over memory where nothing is differentiated."""
+    def apply_plus(
+        self, base: Float[Tensor, "outputs #C"], x: Float[Tensor, "inputs C"], out: Tensor | None = None
+    ) -> Float[Tensor, "outputs C"]:
+        """``base + matrix @ x``, in one pass over memory (into ``out``) where nothing is differentiated."""
         if _differentiated(x) or _differentiated(base) or base.shape[1] != x.shape[1]:
             return base + self.apply(x)
-        return torch.addmm(base, self.matrix, x)
+        return torch.addmm(base, self.matrix, x, out=out)
+
+    def adjoint_plus(self, base: Float[Tensor, "inputs C"], y: Float[Tensor, "outputs C"]) -> Float[Tensor, "inputs C"]:
+        """``base + matrix.T @ y``, likewise."""
+        if _differentiated(base) or _differentiated(y):
+            return base + self.adjoint(y)
+        return torch.addmm(base, self.transposed, y)
 
     def __getstate__(self) -> dict[str, Any]:
         # Cached matrices are rebuilt on demand: CSR tensors make pickles large and warn when they are read.
@@ -122,6 +135,18 @@ class TransitionMap(SparseMap):
     def place(self) -> Int[Tensor, " nnz"]:
         """Entry -> its place in a flattened matrix of states, ``state * S + column``."""
         return self.state * self.num_states + self.column
+
+    @cached_property
+    def pattern(self) -> tuple[Tensor, Tensor, SparseMap, SparseMap, SparseMap]:
+        """Pairs (s, s') joined by some entry: their s, their s', and sums of entries by pair, of pairs by s and s'."""
+        place, pair = torch.unique(self.place, return_inverse=True)
+        state, column = torch.div(place, self.num_states, rounding_mode="floor"), place % self.num_states
+
+        def sums(group: Tensor, groups: int) -> SparseMap:
+            order = torch.argsort(group, stable=True)
+            return SparseMap(group[order], order, self.value.new_ones(len(order)), (groups, len(order)))
+
+        return state, column, sums(pair, len(place)), sums(state, self.num_states), sums(column, self.num_states)
 
     @cached_property
     def row_count(self) -> Int[Tensor, " SA"]:
@@ -257,8 +282,14 @@ def solve_system(
 
 
 def _solve(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    method = _solve_dense if transitions.num_states <= DENSE_STATES else _solve_sparse
-    return method(transitions, weight, b, transpose)
+    direct = _solve_dense if transitions.num_states <= DENSE_STATES else _solve_sparse
+    if transitions.num_states < _KRYLOV_STATES:
+        return direct(transitions, weight, b, transpose)
+    x = _solve_krylov(transitions, weight, b, transpose)
+    left = x[0].isnan().nonzero().flatten()
+    if len(left):
+        x[:, left] = direct(transitions, weight[:, left], b[:, left], transpose)
+    return x
 
 
 class _Solve(Function):
@@ -295,19 +326,67 @@ def _batch_last(x: Tensor, dim: int | None, size: int) -> Tensor:
 
 def _solve_dense(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
     states, chains = b.shape
+    state, column, by_pair = transitions.pattern[:3]
+    # Column after column, as LAPACK wants it.
+    place = state * states + column if transpose else column * states + state
+    m = by_pair.apply(weight).t()
     block = max(1, _SOLVE_BYTES // (states * states * b.element_size()))
-    parts = []
+    x = torch.empty_like(b)
     for start in range(0, chains, block):
-        part = weight[:, start : start + block]
-        flat = part.new_zeros(states * states, part.shape[1])
-        flat[:: states + 1] = 1.0
-        flat.index_add_(0, transitions.place, part, alpha=-1)
-        system = flat.t().reshape(-1, states, states)
-        x, info = torch.linalg.solve_ex(
-            system.mT if transpose else system, b[:, start : start + block].t().unsqueeze(-1)
-        )
-        parts.append(x.squeeze(-1).masked_fill_((info != 0)[:, None], torch.nan))
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).t()
+        part = slice(start, start + block)
+        system = m.new_zeros(len(m[part]), states * states)
+        system[:, :: states + 1] = 1.0
+        system[:, place] -= m[part]
+        found, info = torch.linalg.solve_ex(system.unflatten(1, (states, states)).mT, b[:, part].t().unsqueeze(-1))
+        x[:, part] = found.squeeze(-1).masked_fill_((info != 0)[:, None], torch.nan).t()
+    return x
+
+
+def _solve_krylov(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
+    """Restarted GMRES for all chains at once (Saad and Schultz 1986); NaN where M contracts slowly, or it stalls."""
+    state, column, by_pair, by_state, by_column = transitions.pattern
+    rate = by_state.apply(by_pair.apply(weight.abs())).amax(0)
+    chains = ((rate <= _KRYLOV_RATE) & b.isfinite().all(0)).nonzero().flatten()
+    result = torch.full_like(b, torch.nan)
+    m, b = by_pair.apply(weight[:, chains]), b[:, chains]
+    source, total = (state, by_column) if transpose else (column, by_state)
+
+    def remainder(x: Tensor) -> Tensor:
+        return x - total.apply(m * x[source])
+
+    x, residual, eps = torch.zeros_like(b), b, torch.finfo(b.dtype).eps
+    for _ in range(_KRYLOV_CYCLES):
+        done = residual.abs().amax(0) <= 16 * eps * (b.abs().amax(0) + x.abs().amax(0))
+        if bool(done.all()):
+            break
+        x = torch.where(done, x, x + _krylov_cycle(remainder, residual))
+        residual = b - remainder(x)
+    result[:, chains] = torch.where(done, x, torch.nan)
+    return result
+
+
+def _krylov_cycle(linear: Callable[[Tensor], Tensor], residual: Float[Tensor, "S C"]) -> Float[Tensor, "S C"]:
+    """The combination of residual, A residual, A^2 residual, ... whose image is nearest to the residual."""
+    limits = torch.finfo(residual.dtype)
+    size = residual.norm(dim=0)
+    basis = [residual / size.clamp_min(limits.tiny)]
+    image = residual.new_zeros(residual.shape[1], _KRYLOV_STEPS + 1, _KRYLOV_STEPS)
+    for j in range(_KRYLOV_STEPS):
+        new = linear(basis[j])
+        noise = new.norm(dim=0) * (64 * limits.eps)
+        for i, old in enumerate(basis):
+            along = (old * new).sum(0)
+            new.addcmul_(old, along, value=-1)
+            image[:, i, j] = along
+        length = new.norm(dim=0)
+        # What remains of a chain whose vectors are exhausted is rounding error, and no direction.
+        image[:, j + 1, j] = length = torch.where(length > noise, length, 0.0)
+        basis.append(torch.where(length > 0, new / length.clamp_min(limits.tiny), 0.0))
+    # Least squares by normal equations: cycles make up for their rounding, and LAPACK's lstsq is not reproducible.
+    gram = image.mT @ image
+    gram += torch.diag_embed((gram.diagonal(dim1=1, dim2=2) == 0).to(gram.dtype))
+    share = torch.linalg.solve_ex(gram, image[:, 0] * size.unsqueeze(1))[0].t()
+    return sum((q * c for q, c in zip(basis, share, strict=False)), torch.zeros_like(residual))
 
 
 def _solve_sparse(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:

@@ -35,7 +35,7 @@ SD = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
 @pytest.fixture(scope="module")
 def posterior() -> xarray.DataTree:
     return fit(
-        schools, Y, SD, coords={"school": list("ABCDEFGH")}, dims={"sd": ["school"]},
+        schools, Y, SD, engine="nuts", coords={"school": list("ABCDEFGH")}, dims={"sd": ["school"]},
         num_posterior_predictive=40, num_prior=30, **SMALL,
     )  # fmt: skip
 

@@ -112,7 +112,7 @@ def test_nuts_matches_exact_posteriors(model: Callable[[], None], num_samples: i
     from arviz_stats.base import array_stats
 
     chains = 4 if num_samples > 1000 else 2
-    result = fit(model, num_chains=chains, num_warmup=300, num_samples=num_samples, seed=3, **FEW)
+    result = fit(model, engine="nuts", num_chains=chains, num_warmup=300, num_samples=num_samples, seed=3, **FEW)
     assert float(result.sample_stats["diverging"].mean()) < 0.01
     for name, (where, law) in exact_marginals().items():
         if name not in result.posterior:
@@ -134,7 +134,7 @@ def test_nuts_matches_exact_posteriors(model: Callable[[], None], num_samples: i
 def test_recorded_potential_repeats_the_model() -> None:
     """Recording changes no draw beyond rounding, and a model that branches on a value is not recorded."""
     x, y = regression_data()
-    options: dict[str, Any] = {"num_chains": 1, "num_warmup": 0, "num_samples": 3, "seed": 1, **FEW}
+    options: dict[str, Any] = {"num_chains": 1, "num_warmup": 0, "num_samples": 3, "seed": 1, "engine": "nuts", **FEW}
     plain, recorded = fit(regression, x, y, record=False, **options), fit(regression, x, y, **options)
     assert (plain.attrs["recorded"], recorded.attrs["recorded"]) == ("False", "True")
     np.testing.assert_allclose(recorded.posterior["weights"], plain.posterior["weights"], rtol=1e-8)
@@ -267,7 +267,9 @@ def test_seeds_reproduce_and_nothing_global_changes(engine: str) -> None:
 def test_a_chain_does_not_depend_on_how_many_there_are() -> None:
     x, y = regression_data()
     start = {"weights": torch.zeros(3, dtype=F64)}
-    options: dict[str, Any] = {"num_warmup": 10, "num_samples": 10, "seed": 5, "init": start, **FEW}
+    options: dict[str, Any] = {
+        "num_warmup": 10, "num_samples": 10, "seed": 5, "init": start, "engine": "nuts", **FEW
+    }  # fmt: skip
     one = fit(regression, x, y, num_chains=1, **options).posterior["weights"].values
     two = fit(regression, x, y, num_chains=2, **options).posterior["weights"].values
     np.testing.assert_array_equal(one[0], two[0])
@@ -361,7 +363,7 @@ def test_nuts_survives_a_region_without_density() -> None:
         pyro.factor("wall", torch.where(x < -1.5, torch.nan, 0.0 * x))
 
     with pyro.validation_enabled(False):
-        result = fit(model, num_chains=2, num_warmup=100, num_samples=300, seed=1, **FEW)
+        result = fit(model, engine="nuts", num_chains=2, num_warmup=100, num_samples=300, seed=1, **FEW)
     draws = result.posterior["x"].values
     assert np.abs(draws).max() <= 1.5
     assert int(result.sample_stats["diverging"].sum()) > 0
@@ -369,7 +371,8 @@ def test_nuts_survives_a_region_without_density() -> None:
     assert abs(draws.mean()) < 0.25 and abs(draws.std() / truth.std() - 1) < 0.25
 
 
-def test_stuck_chains_are_told() -> None:
+@pytest.mark.parametrize("engine", ["nuts", "chees"])
+def test_stuck_chains_are_told(engine: str) -> None:
     """A density so steep that no step is accepted."""
 
     def model() -> None:
@@ -377,7 +380,7 @@ def test_stuck_chains_are_told() -> None:
         pyro.factor("cliff", -1e30 * x.abs() - 1e30 * (1e6 * x).sin())
 
     with pytest.raises(errors.StuckChainsError, match="'x'"):
-        fit(model, num_chains=2, num_warmup=0, num_samples=5, **FEW)
+        fit(model, engine=engine, num_chains=2, num_warmup=0, num_samples=5, **FEW)
 
 
 def test_laplace_tells_a_posterior_without_a_gaussian_mode() -> None:
@@ -415,7 +418,7 @@ def test_a_bad_approximation_is_labelled() -> None:
 
 
 def test_unknown_names_are_listed() -> None:
-    with pytest.raises(errors.OptionError, match="laplace, nuts, svi"):
+    with pytest.raises(errors.OptionError, match="chees, laplace, nuts, smc, svi"):
         get_engine("gibbs")
     with pytest.raises(errors.OptionError, match="no option 'guide'.*target_accept_prob"):
         fit(regression, *regression_data(), guide="normal")

@@ -169,7 +169,7 @@ def test_thinning_keeps_every_nth_draw() -> None:
 
 def test_attributes_tell_how_the_numbers_came_about() -> None:
     attrs = fit(model, *inputs(), seed=17, **TINY).attrs
-    assert attrs["engine"] == "nuts" and attrs["seed"] == 17
+    assert attrs["engine"] == "chees" and attrs["seed"] == 17
     assert (attrs["num_chains"], attrs["tuning_steps"], attrs["num_samples"]) == (1, 30, 4)
     assert attrs["inference_library"] == "pirl" and attrs["wall_time"] >= attrs["sampling_time"] > 0
     assert {"inference_library_version", "pyro_version", "torch_version", "arviz_base_version", "created_at"} <= set(

@@ -46,6 +46,19 @@ def test_a_map_is_its_matrix(share: float, layout: torch.layout) -> None:
     torch.testing.assert_close((linear.apply(x) * y).sum(), (x * linear.adjoint(y)).sum(), **EXACT)
 
 
+@pytest.mark.parametrize("share", [0.9, 0.15])
+def test_products_in_one_pass_are_sums(share: float) -> None:
+    linear = listed(some_matrix(share))
+    x, y, room = normal(6, 3), normal(10, 3, seed=1), normal(10, 3, seed=2)
+    torch.testing.assert_close(linear.apply_plus(y, x), y + linear.apply(x), **EXACT)
+    torch.testing.assert_close(linear.adjoint_plus(x, y), x + linear.adjoint(y), **EXACT)
+    assert linear.apply_plus(y, x, room).data_ptr() == room.data_ptr()
+    torch.testing.assert_close(room, y + linear.apply(x), **EXACT)
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: linear.apply_plus(y, x), y)
+    assert torch.autograd.gradcheck(lambda y: linear.adjoint_plus(x, y), y)
+
+
 def test_entries_of_one_place_add_up() -> None:
     row, column = torch.tensor([0, 0, 1]), torch.tensor([1, 1, 0])
     value = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
@@ -131,9 +144,14 @@ def systems(weight: Tensor) -> Tensor:
     return torch.eye(5, dtype=weight.dtype) - matrix
 
 
-@pytest.fixture(params=["dense", "blocks", "sparse"])
+@pytest.fixture(params=["dense", "blocks", "sparse", "iterative", "stalled"])
 def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All chains by one dense LU, two chains at a time, or each by a sparse LU."""
+    """All chains by one dense LU, two chains at a time, each by a sparse LU, or by products, which may not converge."""
+    if request.param in ("iterative", "stalled"):
+        monkeypatch.setattr(transitions, "_KRYLOV_STATES", 5)
+    if request.param == "stalled":
+        monkeypatch.setattr(transitions, "_KRYLOV_CYCLES", 1)
+        monkeypatch.setattr(transitions, "_KRYLOV_STEPS", 2)
     if request.param == "blocks":
         monkeypatch.setattr(transitions, "_SOLVE_BYTES", 2 * 5 * 5 * 8)
     if request.param == "sparse":
@@ -147,6 +165,22 @@ def test_a_solve_is_the_solve_of_each_chain(method: str, transpose: bool) -> Non
     system = systems(weight)
     expected = torch.linalg.solve(system.mT if transpose else system, b.T.unsqueeze(-1)).squeeze(-1).T
     torch.testing.assert_close(solve_system(MDP.transitions, weight, b, transpose), expected, **EXACT)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_only_fast_chains_are_iterated_and_they_reach_rounding_error(
+    transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = oracle.random_mdp(3, states=60, actions=3, discount=0.9).transitions
+    b, share = normal(60, 4, seed=1), torch.tensor([0.9, 0.0, 0.999, 0.98], dtype=torch.float64)
+    weight = share * normal(60, 3, 4).softmax(1).flatten(0, 1)[many.row] * many.value.unsqueeze(-1)
+    b[0, 3] = torch.nan
+    found = transitions._solve_krylov(many, weight, b, transpose)
+    assert found.isnan().all(0).tolist() == [False, False, True, True]
+    right = transitions._solve_dense(many, weight, b, transpose)
+    torch.testing.assert_close(found[:, :2], right[:, :2], **EXACT)
+    monkeypatch.setattr(transitions, "_KRYLOV_CYCLES", 1)
+    assert transitions._solve_krylov(many, weight, b, transpose)[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -14,7 +14,9 @@ from pirl.infer.engine import Draws
 from pirl.infer.potential import Potential
 
 ENGINES = {
+    "chees": "pirl.infer.chees",
     "nuts": "pirl.infer.nuts",
+    "smc": "pirl.infer.smc",
     "svi": "pirl.infer.svi",
     "laplace": "pirl.infer.laplace",
 }

@@ -94,13 +94,16 @@ def _agree(stacked: dict[str, Values], first: dict[str, Values]) -> bool:
     return True
 
 
-def replay_draws(potential: Potential, draws: Draws) -> dict[str, Values]:
+def replay_draws(potential: Potential, draws: Draws, log_likelihood: bool = True) -> dict[str, Values]:
     """Evaluate the model at every draw: the groups of :meth:`Potential.replay`, ``[chain, draw, ...]``."""
+
+    def replay(z: Values) -> dict[str, Values]:
+        groups = potential.replay(z, draws.unconstrained)
+        return groups if log_likelihood else {**groups, "log_likelihood": {}}
+
     chains, count = next(iter(draws.values.values())).shape[:2]
     flat = {name: value.flatten(0, 1) for name, value in draws.values.items()}
-    groups = _stack_over_draws(
-        lambda z: potential.replay(z, draws.unconstrained), flat, chains * count, random=False, start=lambda: None
-    )
+    groups = _stack_over_draws(replay, flat, chains * count, random=False, start=lambda: None)
     return {
         group: {name: value.unflatten(0, (chains, count)) for name, value in values.items()}
         for group, values in groups.items()
@@ -149,6 +152,7 @@ def describe(
     num_prior: int,
     seed: int,
     dims: Mapping[str, Sequence[str]],
+    log_likelihood: bool = True,
 ) -> dict[str, Named]:
     """Make every group that follows from the model and the draws.
 
@@ -157,9 +161,10 @@ def describe(
         num_posterior_predictive: about how many draws, evenly spaced, are simulated from.
         num_prior: draws from the prior.
         dims: names of the last dims by site, before those that the model gives.
+        log_likelihood: keep that of each observation.
     """
     sites = potential.sites
-    replayed = replay_draws(potential, draws)
+    replayed = replay_draws(potential, draws, log_likelihood)
     latent = {name: replayed["posterior"][name] for name in potential.latent}
     chains, count = next(iter(latent.values())).shape[:2]
     stats = {**draws.stats} if "lp" in draws.stats else {"lp": replayed["stats"]["lp"], **draws.stats}

@@ -16,6 +16,9 @@ from pirl.errors import OptionError
 START_STREAM, PRIOR_STREAM, PREDICTIVE_STREAM = 1021, 1022, 1023
 """Streams of random numbers beside those of the chains, which are numbered 0, 1, ..."""
 
+MOMENTA, TRIALS, STARTS, RESAMPLING = range(4)
+"""Streams of :func:`random_numbers`: of transitions, of those that only try a step size, of starts, of resampling."""
+
 _COUNTER_BITS = 22
 
 
@@ -68,6 +71,12 @@ def reseed(seed: int, stream: int, counter: int = 0) -> None:
     torch.default_generator.manual_seed(derived)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.manual_seed(derived)
+
+
+def random_numbers(seed: int, stream: int, counter: int) -> np.random.Generator:
+    """Numbers of one step of one stream, the same on every device: Philox with (seed, stream) as key."""
+    key = np.array([np.random.SeedSequence(seed).generate_state(1, np.uint64)[0], stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
 
 
 @contextmanager

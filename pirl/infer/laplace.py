@@ -84,6 +84,25 @@ def find_mode(energy: Callable[[Tensor], Tensor], start: Tensor, max_steps: int 
     return point, value
 
 
+def posterior_precision(potential: Potential, mode: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[D]``, ascending, and Cholesky factor ``[D, D]`` of the Hessian of U at a mode.
+
+    Raises:
+        ModelError: it is not positive definite; names the parameter.
+    """
+    precision = hessian(lambda vector: potential(potential.unflatten(vector)), mode)
+    names = potential.coordinates()
+    lowest, vectors = torch.linalg.eigh(precision)
+    if not lowest[0] > torch.finfo(mode.dtype).eps * lowest[-1].abs() * len(names):
+        worst = names[int(vectors[:, 0].abs().argmax())]
+        raise ModelError(
+            f"the Hessian at the best mode is not positive definite (smallest eigenvalue {float(lowest[0]):.3g}, "
+            f"mostly along {worst}): there is no Gaussian approximation; use engine='nuts', a proper prior, "
+            "or for a scale that can shrink to 0 the non-centred form w = mu + tau * z"
+        )
+    return lowest, torch.linalg.cholesky(precision)
+
+
 def run(
     potential: Potential,
     *,
@@ -129,18 +148,8 @@ def run(
             update(index + 1, "")
         finite = [end for end in ends if torch.isfinite(end[1])] or ends
         mode, value = min(finite, key=lambda end: float(end[1]))
-        precision = hessian(energy, mode)
         _, slope = _slope(energy, mode)
-        names = potential.coordinates()
-        lowest, vectors = torch.linalg.eigh(precision)
-        if not lowest[0] > torch.finfo(mode.dtype).eps * lowest[-1].abs() * len(names):
-            worst = names[int(vectors[:, 0].abs().argmax())]
-            raise ModelError(
-                f"the Hessian at the best mode is not positive definite (smallest eigenvalue {float(lowest[0]):.3g}, "
-                f"mostly along {worst}): there is no Gaussian approximation; use engine='nuts', a proper prior, "
-                "or for a scale that can shrink to 0 the non-centred form w = mu + tau * z"
-            )
-        factor = torch.linalg.cholesky(precision)
+        lowest, factor = posterior_precision(potential, mode)
         # Distance to the mode that is left, in posterior standard deviations.
         distance = float(torch.linalg.solve_triangular(factor, slope[:, None], upper=False).norm())
         if distance > 1e-2:

@@ -1,10 +1,9 @@
-"""The No-U-Turn sampler: Pyro's kernel, driven step by step, chain after chain in this process."""
+"""The No-U-Turn sampler: Pyro's kernel, driven step by step, one for each chain."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -12,11 +11,16 @@ import torch
 from pyro.infer.mcmc import NUTS
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, StuckChainsError
-from pirl.infer.engine import Draws, own_generator, progress_bar, reseed
+from pirl.errors import OptionError
+from pirl.infer.checkpoint import Checkpoint
+from pirl.infer.engine import START_STREAM, Draws, own_generator, reseed
 from pirl.infer.potential import Potential, Values
+from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.recorded import recorded
+from pirl.infer.sampling import Sampler, Stats, check_moves, sample
 from pirl.infer.start import find_start, guarded
+
+STATISTICS = ("lp", "energy", "tree_depth", "n_steps", "step_size", "acceptance_rate", "diverging")
 
 
 class _Kernel(NUTS):
@@ -46,8 +50,97 @@ class _Kernel(NUTS):
             "step_size": step_size,
             "acceptance_rate": sum(accept for _, _, accept in self.leaves) / steps,
             "diverging": any(energy - self.energy_before > self._max_sliced_energy for _, energy, _ in self.leaves),
-            "moved": bool(chosen),
         }
+
+    def state_dict(self, potential: Potential) -> dict[str, Tensor]:
+        """All that the next step depends on: where the chain is, and what Pyro's adapter has learnt."""
+        adapter, averaging = self._adapter, self._adapter._step_size_adapt_scheme
+        numbers = [self._t, adapter.step_size, adapter._current_window, averaging.prox_center]
+        numbers += [getattr(averaging, "_x_t", 0.0), averaging._x_avg, averaging._g_avg, averaging._t]
+        state = {
+            "z": potential.flatten(self._z_last),
+            "energy": torch.as_tensor(self._potential_energy_last),
+            "gradient": potential.flatten(self._z_grads_last),
+            "numbers": torch.tensor([float(x) for x in numbers], dtype=torch.float64),
+        }
+        mass = self.mass_matrix_adapter
+        for index, (names, inverse) in enumerate(mass.inverse_mass_matrix.items()):
+            moments = mass._adapt_scheme[names]
+            state[f"mass{index}"] = inverse
+            state[f"count{index}"] = torch.tensor(float(moments.n_samples), dtype=torch.float64)
+            state[f"mean{index}"] = torch.zeros_like(inverse[0]) + moments._mean
+            state[f"scatter{index}"] = torch.zeros_like(inverse) + moments._m2
+        return {name: value.detach().clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], potential: Potential) -> None:
+        """Continue where a saved chain was; the kernel was set up for the same potential and warm-up."""
+        like = self._potential_energy_last
+        adapter, averaging = self._adapter, self._adapter._step_size_adapt_scheme
+        time, adapter.step_size, window, averaging.prox_center, *rest = state["numbers"].tolist()
+        averaging._x_t, averaging._x_avg, averaging._g_avg, steps = rest
+        self._t, adapter._current_window, averaging._t = int(time), int(window), int(steps)
+        mass = self.mass_matrix_adapter
+        names = list(mass.inverse_mass_matrix)
+        mass.inverse_mass_matrix = {name: state[f"mass{i}"].to(like) for i, name in enumerate(names)}
+        for i, name in enumerate(names):
+            moments = mass._adapt_scheme[name]
+            moments.n_samples = int(state[f"count{i}"])
+            moments._mean, moments._m2 = state[f"mean{i}"].to(like), state[f"scatter{i}"].to(like)
+        z, gradient = (potential.unflatten(state[name].to(like)) for name in ("z", "gradient"))
+        self._cache(z, state["energy"].to(like), gradient)
+
+
+class Nuts(Sampler):
+    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods."""
+
+    label = "nuts"
+
+    def __init__(
+        self,
+        potential: Potential,
+        energy: Callable[[Values], Tensor],
+        *,
+        num_chains: int,
+        num_warmup: int,
+        seed: int,
+        init: str | Mapping[str, Tensor],
+        ranks: Ranks,
+        **options: Any,
+    ) -> None:
+        self.potential, self.seed, self.ranks = potential, seed, ranks
+        self._counts = [len(Ranks(rank, ranks.size).share(num_chains)) for rank in range(ranks.size)]
+        self.kernels: dict[int, _Kernel] = {}
+        for chain in ranks.share(num_chains):
+            reseed(seed, chain)
+            kernel = self.kernels[chain] = _Kernel(potential_fn=energy, **options)
+            kernel.initial_params = find_start(potential, init)
+            kernel.setup(num_warmup)
+
+    def advance(self, step: int) -> tuple[Tensor, Stats]:
+        """One transition of each chain, one after the other; those of other ranks are gathered."""
+        rows = []
+        for chain, kernel in self.kernels.items():
+            reseed(self.seed, chain, step + 1)
+            kernel.leaves.clear()
+            step_size = float(kernel.step_size)
+            z = self.potential.flatten(kernel.sample(kernel._z_last))
+            statistics = kernel.statistics(step_size)
+            rows.append(torch.cat([z, z.new_tensor([float(value) for value in statistics.values()])]))
+        size = self.potential.size
+        everything = self.ranks.gather(torch.stack(rows), self._counts)
+        stats = dict(zip(STATISTICS, everything[:, size:].unbind(1), strict=True))
+        whole = {name: stats[name].to(torch.int64) for name in ("tree_depth", "n_steps")}
+        return everything[:, :size], {**stats, **whole, "diverging": stats["diverging"] > 0}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of all chains, stacked."""
+        own = [kernel.state_dict(self.potential) for kernel in self.kernels.values()]
+        return {name: self.ranks.gather(torch.stack([state[name] for state in own]), self._counts) for name in own[0]}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue where saved chains were."""
+        for chain, kernel in self.kernels.items():
+            kernel.load_state_dict({name: value[chain] for name, value in state.items()}, self.potential)
 
 
 def run(
@@ -58,6 +151,9 @@ def run(
     num_samples: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    thin: int = 1,
+    checkpoint: Checkpoint | None = None,
+    ranks: Ranks = ALONE,
     target_accept_prob: float = 0.8,
     max_tree_depth: int = 10,
     full_mass: bool | list[tuple[str, ...]] = False,
@@ -66,8 +162,9 @@ def run(
 ) -> Draws:
     """Sample with the No-U-Turn sampler (Hoffman and Gelman 2014), multinomial variant (Betancourt 2017).
 
-    The step size and the mass matrix adapt during warm-up and then stay. Each step has its own seed, derived from
-    (seed, chain, step): draws are reproduced exactly, whatever ran before and however many chains there are.
+    The step size and the mass matrix of each chain adapt during warm-up and then stay. Each step has its own seed,
+    derived from (seed, chain, step): draws are reproduced exactly, whatever ran before and however many chains or
+    ranks there are.
 
     Args:
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
@@ -79,52 +176,40 @@ def run(
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         StuckChainsError: no chain accepted a proposal after warm-up.
+        OptionError: more chains than have random numbers of their own, or fewer than ranks.
     """
+    if num_chains > START_STREAM:
+        raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")
+    if num_chains < ranks.size:
+        raise OptionError(f"num_chains is {num_chains}, fewer than the {ranks.size} ranks that share them: start fewer")
     options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": full_mass}
-    steps = num_warmup + num_samples
-    chains, stats, stuck = [], [], []
-    with (
-        own_generator(),
-        pyro.validation_enabled(False),
-        progress_bar("nuts", num_chains * steps, progress) as update,
-    ):
+    with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)
         replay = recorded(potential, find_start(potential, init), find_start(potential, init)) if record else None
         energy = guarded(replay or potential)
-        for chain in range(num_chains):
-            reseed(seed, chain)
-            kernel = _Kernel(potential_fn=energy, **options)
-            kernel.initial_params = z = find_start(potential, init)
-            kernel.setup(num_warmup)
-            draws: list[Values] = []
-            rows: list[dict[str, float]] = []
-            for step in range(steps):
-                reseed(seed, chain, step + 1)
-                kernel.leaves.clear()
-                step_size = float(kernel.step_size)
-                z = kernel.sample(z)
-                if step >= num_warmup:
-                    draws.append(z)
-                    rows.append(kernel.statistics(step_size))
-                if step % 10 == 9:
-                    update(chain * steps + step + 1, f"chain {chain}, step size {kernel.step_size:.2g}")
-            moves = [row.pop("moved") for row in rows]
-            if not any(moves):
-                stuck.append(chain)
-            chains.append({name: torch.stack([draw[name] for draw in draws]) for name in potential.latent})
-            stats.append({name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
-        if len(stuck) == num_chains:
-            raise StuckChainsError(f"no chain accepted a proposal after warm-up: {potential.culprit(z)}")
-    if stuck:
-        warnings.warn(f"chains {stuck} never moved after warm-up; their draws are one point", ConvergenceWarning, 2)
+        sampler = Nuts(
+            potential, energy, num_chains=num_chains, num_warmup=num_warmup, seed=seed, init=init, ranks=ranks,
+            **options,
+        )  # fmt: skip
+        sampled = sample(
+            sampler,
+            num_warmup=num_warmup,
+            num_samples=num_samples,
+            thin=thin,
+            progress=progress,
+            checkpoint=checkpoint,
+            ranks=ranks,
+        )
+        check_moves(potential, sampled)
     return Draws(
-        {name: torch.stack([chain[name] for chain in chains]) for name in potential.latent},
+        potential.unflatten(sampled.draws),
         unconstrained=True,
-        stats={name: torch.stack([row[name] for row in stats]) for name in stats[0]},
+        stats=sampled.stats,
         attrs={
             "target_accept_prob": target_accept_prob,
             "max_tree_depth": max_tree_depth,
             "full_mass": str(full_mass),
             "recorded": str(replay is not None),
+            "interrupted": str(sampled.interrupted),
         },
     )

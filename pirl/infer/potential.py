@@ -118,7 +118,8 @@ class _Evaluate(Messenger):
     def __init__(self, values: Mapping[str, Tensor], unconstrained: bool, record: bool = False) -> None:
         super().__init__()
         self.values, self.unconstrained = values, unconstrained
-        self.total: Tensor | float = 0.0
+        self.log_prior: Tensor | float = 0.0
+        self.log_likelihood: Tensor | float = 0.0
         self.record: dict[str, Values] | None = None
         if record:
             self.record = {"posterior": {}, "log_prior": {}, "log_likelihood": {}}
@@ -131,7 +132,7 @@ class _Evaluate(Messenger):
         if self.unconstrained and not _is_real(message["fn"].support):
             transform = bijection(message["fn"])
             constrained = transform(value)
-            self.total = self.total + transform.log_abs_det_jacobian(value, constrained).sum()
+            self.log_prior = self.log_prior + transform.log_abs_det_jacobian(value, constrained).sum()
             value = constrained
         message["value"], message["done"] = value, True
 
@@ -139,8 +140,10 @@ class _Evaluate(Messenger):
         if message["type"] != "sample":
             return
         kind, name = _kind(message), message["name"]
-        if kind in ("latent", "observed", "factor"):
-            self.total = self.total + _total(message)
+        if kind == "latent":
+            self.log_prior = self.log_prior + _total(message)
+        elif kind in ("observed", "factor"):
+            self.log_likelihood = self.log_likelihood + _total(message)
         if self.record is None:
             return
         if kind in ("latent", "deterministic"):
@@ -204,16 +207,21 @@ class Potential:
 
     def __call__(self, z: Mapping[str, Tensor]) -> Tensor:
         """Evaluate U(z), a scalar; the latent site ``name`` has shape ``latent[name].unconstrained_shape``."""
+        log_prior, log_likelihood = self.parts(z)
+        return -torch.as_tensor(log_prior + log_likelihood)
+
+    def parts(self, z: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Evaluate the two parts of -U: the log prior with the log Jacobian, and the log-likelihood with factors."""
         with _Evaluate(z, unconstrained=True) as evaluation:
             self.model(*self.args, **self.kwargs)
-        return -torch.as_tensor(evaluation.total)
+        return torch.as_tensor(evaluation.log_prior), torch.as_tensor(evaluation.log_likelihood)
 
     def replay(self, values: Mapping[str, Tensor], unconstrained: bool = True) -> dict[str, Values]:
         """Report one draw: groups "posterior", "log_prior", "log_likelihood", and "stats" with the log density "lp"."""
         with self._whole(), _Evaluate(values, unconstrained, record=True) as evaluation:
             self.model(*self.args, **self.kwargs)
         assert evaluation.record is not None
-        return {**evaluation.record, "stats": {"lp": torch.as_tensor(evaluation.total)}}
+        return {**evaluation.record, "stats": {"lp": torch.as_tensor(evaluation.log_prior + evaluation.log_likelihood)}}
 
     def simulate(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Values:
         """Run the model forwards with some latent sites given; values of all sites, the observed ones drawn anew."""
@@ -238,6 +246,19 @@ class Potential:
         trace = pyro.poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         nodes = {name: trace.nodes[name] for name in self.latent}
         return {name: bijection(node["fn"]).inv(node["value"]).detach() for name, node in nodes.items()}
+
+    def flat_prior_draws(self, count: int) -> Tensor:
+        """Draw from the prior ``count`` times, flat: ``[count, size]``; all at once where the model vmaps."""
+
+        def one(_: Tensor) -> Tensor:
+            return self.flatten(self.prior_draw())
+
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            try:
+                return torch.func.vmap(one, randomness="different")(torch.empty(count))
+            except Exception:  # whatever vmap cannot do a loop can
+                return torch.stack([one(torch.empty(())) for _ in range(count)])
 
     @property
     def size(self) -> int:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from pirl.infer.potential import Potential, Values
 
 # What torch's own formulas do in place to a fresh result that nothing else reads: vector @ matrix, derivative of clamp.
 _IN_PLACE: dict[Any, Any] = {
     torch.ops.aten.squeeze_.dim: torch.ops.aten.squeeze.dim,
+    torch.ops.aten.squeeze_.dims: torch.ops.aten.squeeze.dims,
     torch.ops.aten.logical_and_.default: torch.ops.aten.logical_and.default,
 }
 
@@ -64,36 +66,42 @@ class _Replay(torch.autograd.Function):
         return (None, *(slope * scale for slope in ctx.slopes))
 
 
-def recorded(potential: Potential, first: Values, second: Values) -> Callable[[Values], Tensor] | None:
-    """Record U and its gradient at ``first``, check them at ``second``; None where that is not possible.
+def record(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], others: tuple[Tensor, ...]
+) -> Callable[..., Any] | None:
+    """Record a function of tensors at ``inputs`` and compare it at ``others``; None where that is not possible.
 
-    A model that branches on the value of a latent site cannot be recorded: the recorder refuses to read values.
+    A function that branches on a value cannot be recorded: the recorder refuses to read values.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # A folded constant must never be written to. Where a custom Function hides from torch's functionalisation, the
+    # recording is taken as it is, and refused if it writes to anything.
+    for pure in (torch.func.functionalize(function, remove="mutations"), function):
+        try:
+            graph = fold_constants(make_fx(pure)(*inputs))
+            with torch.no_grad():
+                found = tree_leaves(graph(*others))
+            break
+        except Exception:  # a branch on a value, an operator or a Function that torch.func does not know
+            continue
+    else:
+        return None
+    expected = tree_leaves(function(*others))
+    tolerance = torch.finfo(inputs[0].dtype).eps ** 0.6
+    same = (torch.allclose(a, b, tolerance, tolerance, equal_nan=True) for a, b in zip(found, expected, strict=True))
+    return graph if all(same) else None
+
+
+def recorded(potential: Potential, first: Values, second: Values) -> Callable[[Values], Tensor] | None:
+    """Record U and its gradient at ``first``, check them at ``second``; None where that is not possible."""
     names = list(potential.latent)
 
     def energy(*z: Tensor) -> Tensor:
         return potential(dict(zip(names, z, strict=True)))
 
     both = torch.func.grad_and_value(energy, argnums=tuple(range(len(names))))
-    inputs = tuple(first[name].detach() for name in names)
-    # A folded constant must never be written to. Where a custom Function hides from torch's functionalisation, the
-    # recording is taken as it is, and refused if it writes to anything.
-    for pure in (torch.func.functionalize(both, remove="mutations"), both):
-        try:
-            graph = fold_constants(make_fx(pure)(*inputs))
-            with torch.no_grad():
-                graph(*inputs)
-                slopes, value = graph(*(second[name].detach() for name in names))
-            break
-        except Exception:  # a branch on a value, an operator or a Function that torch.func does not know
-            continue
-    else:
-        return None
-    expected, expected_slopes = potential.gradient(second)
-    tolerance = torch.finfo(value.dtype).eps ** 0.6
-    pairs = [(value, expected), *((a, expected_slopes[name]) for name, a in zip(names, slopes, strict=True))]
-    if not all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in pairs):
+    graph = record(both, *(tuple(z[name].detach() for name in names) for z in (first, second)))
+    if graph is None:
         return None
     return lambda z: _Replay.apply(graph, *(z[name] for name in names))

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from pirl.errors import NonFiniteError, OptionError
+from pirl.infer.batched import BatchedPotential
+from pirl.infer.engine import STARTS, random_numbers, reseed
+from pirl.infer.hmc import Metric
 from pirl.infer.potential import Potential, Values
 
 START_ATTEMPTS = 100
@@ -59,3 +62,93 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
         f"no start among {START_ATTEMPTS if isinstance(init, str) else 1} has a finite log density and gradient: "
         f"{potential.culprit(z)}"
     )
+
+
+DISPERSION = 2.0
+"""How many times wider than the Laplace approximation the starts around a mode are."""
+
+
+def find_starts(
+    potential: Potential, target: BatchedPotential, init: str | Mapping[str, Tensor], count: int, seed: int
+) -> tuple[Tensor, Metric]:
+    """Find ``count`` starts ``[count, D]`` of finite density and gradient, and how wide the posterior may be.
+
+    Args:
+        target: evaluates the posterior at many points.
+        init: "prior" (draws from the prior), "uniform" (each coordinate uniform on (-2, 2)), "laplace" (around the
+            mode, twice as wide as the Laplace approximation), or values of all latent sites in the constrained space,
+            of one start or of ``count`` in the first dim.
+
+    Raises:
+        NonFiniteError: some start has no finite log density and gradient after 100 attempts; names the site.
+        OptionError: no such ``init``, or values of another number of starts.
+    """
+    numbers = random_numbers(seed, STARTS, 0)
+    reseed(seed, 0)
+    like = torch.empty(0)
+    spread = Metric(like.new_ones(potential.size))
+    if not isinstance(init, str):
+        starts = _given(potential, init, count)
+        attempts = 1
+    elif init not in ("prior", "uniform", "laplace"):
+        raise OptionError(
+            f"init={init!r} is not known: use 'prior', 'uniform', 'laplace', or a dict of values of all latent sites"
+        )
+    else:
+        attempts = START_ATTEMPTS
+        if init == "laplace":
+            mode, spread = laplace_metric(potential)
+    bad = torch.ones(count, dtype=torch.bool)
+    for _ in range(attempts):
+        if init == "prior":
+            fresh = potential.flat_prior_draws(count)
+        elif init == "uniform":
+            fresh = torch.from_numpy(numbers.uniform(-2.0, 2.0, (count, potential.size))).to(like)
+        elif init == "laplace":
+            noise = torch.from_numpy(numbers.standard_normal((count, potential.size))).to(like)
+            fresh = mode + DISPERSION * spread.unwhiten(noise)
+        else:
+            fresh = starts
+        starts = torch.where(bad[:, None], fresh, starts) if not bad.all() else fresh
+        bad = ~torch.cat([_is_finite(target, rows) for rows in starts.split(target.width)])
+        if not bad.any():
+            if init == "prior" and count > 1:
+                spread = Metric(starts.std(0).clamp(min=1e-6))
+            return starts, spread
+    where = potential.culprit({name: value[0] for name, value in potential.unflatten(starts[bad]).items()})
+    raise NonFiniteError(
+        f"{int(bad.sum())} of {count} starts have no finite log density and gradient after {attempts} attempts: {where}"
+    )
+
+
+def _is_finite(target: BatchedPotential, points: Tensor) -> Tensor:
+    energy, gradient, _ = target(points)
+    return energy.isfinite() & gradient.isfinite().all(-1)
+
+
+def _given(potential: Potential, init: Mapping[str, Tensor], count: int) -> Tensor:
+    """Flat unconstrained starts from values of sites, of one start or of all."""
+    missing = [name for name in potential.latent if name not in init]
+    if missing:
+        raise OptionError(f"init has no value of {', '.join(missing)}: give one of each latent site")
+    values = {name: torch.as_tensor(init[name], dtype=torch.get_default_dtype()) for name in potential.latent}
+    many = [name for name, value in values.items() if value.dim() > len(potential.latent[name].shape)]
+    for name in many:
+        if len(values[name]) != count:
+            raise OptionError(f"init[{name!r}] has {len(values[name])} starts, but there are {count}")
+    rows = [
+        potential.flatten(potential.unconstrain({n: v[i] if n in many else v for n, v in values.items()}))
+        for i in range(count if many else 1)
+    ]
+    return torch.stack(rows).expand(count, -1)
+
+
+def laplace_metric(potential: Potential) -> tuple[Tensor, Metric]:
+    """The mode and a factor of the inverse Hessian there."""
+    from pirl.infer.laplace import find_mode, posterior_precision
+
+    guard = guarded(potential)
+    start = potential.flatten(find_start(potential, "uniform"))
+    mode, _ = find_mode(lambda vector: guard(potential.unflatten(vector)), start)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(posterior_precision(potential, mode)[1]))
+    return mode, Metric(factor)

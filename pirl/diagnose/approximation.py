@@ -1,0 +1,97 @@
+"""Checks of what engines without chains return: draws of an approximation, and particles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pirl.diagnose.facts import FEW_PARTICLES, NON_CENTRED, Facts, Finding
+from pirl.infer.importance import FEWEST, TRUSTED_K
+
+FEWEST_IMPORTANT, MAX_EVIDENCE_ERROR = 100, 0.5
+
+
+def approximation(facts: Facts) -> Iterator[Finding]:
+    """Is an approximation near the posterior?"""
+    if not facts.approximate:
+        return
+    name, k, size = facts.attrs["approximation"], facts.number("pareto_k"), facts.number("importance_ess")
+    count = facts.chains * facts.count
+    exact = "engine='nuts', which is exact"
+    if facts.attrs.get("guide") == "delta":
+        yield Finding(
+            "problem",
+            "point",
+            "All draws are one point, the mode: guide='delta' has no uncertainty.",
+            "intervals and standard deviations are 0 and mean nothing",
+            f"guide='multivariate_normal', engine='laplace', or {exact}",
+        )
+    elif np.isnan(k):
+        few = "pareto_k" in facts.attrs and count < FEWEST
+        facts.figures.append("Pareto k-hat unknown")
+        yield Finding(
+            "problem" if few else "note",
+            "pareto_k",
+            f"Nothing tells how near the approximation ({name}) is to the posterior"
+            + (f": {count} draws are too few for a Pareto k-hat." if few else "."),
+            "an approximation can be wrong in ways that its draws do not show",
+            "num_samples=1000" if few else f"a comparison with {exact}, on a part of the data if need be",
+        )
+    else:
+        facts.figures.append(f"Pareto k-hat {k:.2f} ({name})")
+        if k >= TRUSTED_K:
+            richer = "a richer guide (guide='multivariate_normal', or 'iaf')" if name == "svi" else "engine='svi'"
+            yield Finding(
+                "problem",
+                "pareto_k",
+                f"The approximation ({name}) misses part of the posterior: Pareto k-hat {k:.2f}, above {TRUSTED_K}; "
+                f"its {count:,} draws count for {size:.0f}.",
+                "standard deviations and intervals are likely too narrow",
+                f"{exact}; {richer}; {NON_CENTRED}",
+            )
+        elif size < FEWEST_IMPORTANT and count >= FEWEST_IMPORTANT:
+            yield Finding(
+                "note",
+                "importance_ess",
+                f"The {count:,} draws of the approximation count for {size:.0f} when they are weighted.",
+                "weighted averages rest on few draws",
+                f"num_samples={10 * facts.count}",
+            )
+    if str(facts.attrs.get("converged")) == "False":
+        advice = "a larger max_steps, or a smaller learning_rate" if name == "svi" else "num_starts=20"
+        yield Finding(
+            "problem",
+            "unconverged",
+            f"The search for the best approximation ({name}) had not ended when it was stopped.",
+            "the draws belong to an unfinished fit",
+            advice,
+        )
+
+
+def particles(facts: Facts) -> Iterator[Finding]:
+    """Sequential Monte Carlo: have the particles moved apart after resampling?"""
+    if not facts.particles or not facts.latent.names:
+        return
+    share, count = facts.distinct, facts.chains * facts.count
+    temperatures = facts.number("num_temperatures")
+    steps = f" after {temperatures:.0f} temperatures" if np.isfinite(temperatures) else ""
+    facts.figures.append(f"{share:.0%} of the particles are distinct{steps}")
+    if share < FEW_PARTICLES:
+        yield Finding(
+            "problem",
+            "few_particles",
+            f"Only {share:.0%} of {count:,} particles are distinct.",
+            "copies of a few particles stand for the whole posterior",
+            "a larger max_moves, so that copies move apart, or more particles (num_samples)",
+        )
+    error = facts.number("log_evidence_se")
+    if error > MAX_EVIDENCE_ERROR:
+        yield Finding(
+            "problem",
+            "evidence",
+            f"The log evidence of {facts.chains} populations is uncertain: {facts.number('log_evidence'):.1f} with a "
+            f"standard error of {error:.2g}.",
+            "the shares of modes and comparisons of models are as uncertain",
+            "more particles (num_samples), or a larger target_ess",
+        )

@@ -1,0 +1,196 @@
+"""Exact save and resume: what a sampler knows and the draws so far, in one file that is replaced atomically.
+
+The file is a line that names the format, an archive of arrays (numpy's npz, without pickles: reading it runs no code),
+and the SHA-256 of both. It is written beside the last one, forced to the disk, and then renamed over it: whatever
+happens meanwhile, one whole checkpoint is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from pirl.errors import CheckpointError
+from pirl.infer.engine import STARTS, random_numbers
+from pirl.infer.potential import Potential
+
+MAGIC = b"pirl checkpoint 1\n"
+DIGEST = 64
+EVERY = 30.0
+"""Seconds between two checkpoints."""
+
+Arrays = dict[str, np.ndarray]
+
+
+class Checkpoint:
+    """A file that one run saves itself to.
+
+    Args:
+        path: where; its folder must exist.
+        identity: what makes the run what it is: texts and numbers that must be equal in the file.
+        probe: numbers that the model gives somewhere, which tell whether it and its data are the same: they must agree
+            to rounding error.
+        every: seconds between two saves.
+
+    Raises:
+        CheckpointError: there is no such folder, it is read-only, or the path is a folder.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], identity: Mapping[str, Any], probe: np.ndarray, every: float = EVERY
+    ) -> None:
+        self.path, self.probe, self.every = Path(path), probe, every
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._saved = time.monotonic()
+        folder = self.path.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            problem = "is read-only" if folder.is_dir() else "does not exist"
+            raise CheckpointError(f"checkpoint {self.path} cannot be written: folder {folder} {problem}")
+        if self.path.exists() and not self.path.is_file():
+            raise CheckpointError(f"checkpoint {self.path} is not a file: name one")
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save again."""
+        return time.monotonic() - self._saved >= self.every
+
+    def load(self) -> Arrays | None:
+        """Read what was saved; None if there is no file yet.
+
+        Raises:
+            CheckpointError: the file is no checkpoint, is damaged, or belongs to another run. It is left as it is.
+        """
+        if not self.path.exists():
+            return None
+        arrays = read(self.path)
+        identity, probe = json.loads(str(arrays.pop("identity"))), arrays.pop("probe")
+        for name in sorted(self.identity.keys() | identity.keys()):
+            ours, theirs = self.identity.get(name), identity.get(name)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{self.path} belongs to another run, where {name} is {theirs!r} and not {ours!r}: "
+                    "name another file, or delete it"
+                )
+        tolerance = 1e-3 if probe.dtype == np.float32 else 1e-7
+        if probe.shape != self.probe.shape or not np.allclose(probe, self.probe, tolerance, tolerance, equal_nan=True):
+            raise CheckpointError(
+                f"{self.path} belongs to another run, whose model or data give another density: "
+                "name another file, or delete it"
+            )
+        return arrays
+
+    def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace the file by a new one, or leave it as it is.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        # A file apart for each process: two runs that are given one path by mistake do not mix.
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        try:
+            with open(partial, "wb") as file:
+                write(file, {**arrays, "identity": np.array(json.dumps(self.identity)), "probe": self.probe})
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+            _sync_folder(self.path.parent)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {self.path} could not be written: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+            self._saved = time.monotonic()
+
+
+def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity: Mapping[str, Any]) -> Checkpoint:
+    """Make the checkpoint of a run, told apart from others by its options, its sites, and the density that it gives.
+
+    The number of draws is no part of it: a run may be continued for more.
+    """
+    sites = {name: [list(site.shape), list(site.unconstrained_shape)] for name, site in potential.latent.items()}
+    kept = {name: _plain(value) for name, value in identity.items() if name != "num_samples"}
+    dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+    numbers = random_numbers(0, STARTS, 1)
+    point = torch.from_numpy(numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
+    try:
+        energy, slopes = potential.gradient(potential.unflatten(point))
+        probe = torch.cat([energy.reshape(1), potential.flatten(slopes)]).detach().cpu().numpy()
+    except (ArithmeticError, torch.linalg.LinAlgError):  # no density there
+        probe = np.zeros(0)
+    return Checkpoint(path, {**kept, "dtype": dtype, "sites": sites}, probe)
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can keep it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)
+
+
+class _Hashed(io.RawIOBase):
+    """Passes what is written on to a file and to a hash; cannot go back, so nothing is changed after it was hashed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self.file.write(data)
+
+
+def write(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a checkpoint to an open file."""
+    hashed = _Hashed(file)
+    hashed.write(MAGIC)
+    with zipfile.ZipFile(hashed, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+    file.write(hashed.hash.hexdigest().encode())
+
+
+def read(path: Path) -> Arrays:
+    """Read a checkpoint's arrays.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or not the whole of one.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if not content.startswith(MAGIC):
+        raise CheckpointError(f"{path} is not a checkpoint of pirl: it is left as it is; name another file")
+    body, digest = content[:-DIGEST], content[-DIGEST:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CheckpointError(f"checkpoint {path} is damaged: it is left as it is; name another file, or delete it")
+    with np.load(io.BytesIO(body[len(MAGIC) :]), allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the renaming to the disk, where the system lets a folder be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,0 +1,101 @@
+"""Chains over processes: ``torchrun`` starts one process (rank) a device, and each evaluates whole blocks of chains.
+
+Everything that chains have in common (step size, mass matrix, their history) is computed by every rank from the
+gathered chains, in their order, so that draws are the same bits for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from pirl.errors import RankError
+
+TIMEOUT = timedelta(minutes=30)
+"""For how long a rank waits for the others' share of one step before it gives up."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that share a run; by default alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes, shows and returns what all have computed."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of ``count`` items are this rank's: consecutive ones, at most one more than any other's."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, own: Tensor, counts: list[int]) -> Tensor:
+        """Join the rows ``[n, *rest]`` of all ranks, in their order; ``counts`` says how many each rank has.
+
+        Raises:
+            RankError: another rank ended or does not answer.
+        """
+        if self.size == 1:
+            return own
+        most = max(counts)
+        padded = torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])]).contiguous()
+        parts = [torch.empty_like(padded) for _ in counts]
+        with _named():
+            distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any rank raised it: so that all do the same next.
+
+        Raises:
+            RankError: another rank ended or does not answer.
+        """
+        if self.size == 1:
+            return flags
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        raised = torch.tensor(flags, dtype=torch.int32, device=device)
+        with _named():
+            distributed.all_reduce(raised, distributed.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in raised.tolist())
+
+
+ALONE = Ranks()
+"""A run in one process."""
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RankError(
+            f"another process of this run has ended or does not answer, so this one ends too: {reason}"
+        ) from error
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the process group that ``torchrun`` announces, or use one that exists; alone without either."""
+    launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not distributed.is_available() or not (launched or distributed.is_initialized()):
+        yield ALONE
+        return
+    begun = not distributed.is_initialized()
+    if begun:
+        with _named():
+            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        if begun:
+            distributed.destroy_process_group()
