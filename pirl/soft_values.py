@@ -232,14 +232,14 @@ def finite_values(
         if values is not None:
             return values
     values = base.new_zeros(horizon + 1, base.shape[0], base.shape[2])
-    kept, buffer = 0 if policy is None else len(policy), torch.empty_like(base)
+    buffer = torch.empty_like(base)
     for k in range(1, horizon + 1):
-        q = backup(base, values[k - 1], problem, out=policy[k - 1] if policy is not None and k <= kept else buffer)
+        q = backup(base, values[k - 1], problem, out=buffer)
         top = q.amax(1)  # each state has an action, so no row is all -inf
         total = q.sub_(top.unsqueeze(1)).exp_().sum(1)
         torch.log(total, out=values[k]).add_(top)
-        if k <= kept:
-            q.mul_(total.reciprocal_().unsqueeze(1))
+        if policy is not None and k <= len(policy):
+            torch.mul(q, total.reciprocal_().unsqueeze(1), out=policy[k - 1])
     return values
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pirl.backups import SoftProblem, backup, entry_weights
-from pirl.transitions import scatter_max, solve_system
+from pirl.transitions import DENSE_STATES, scatter_max, solve_system
 
 Solver = Literal["auto", "newton", "value_iteration"]
 
@@ -45,7 +45,7 @@ def _rounding(largest: Tensor, values: Tensor) -> Float[Tensor, " C"]:
 
 def stationary_values(base: Float[Tensor, "S A C"], problem: SoftProblem, solver: Solver) -> Float[Tensor, "S C"]:
     """The fixed point V = logsumexp_a Q(V); NaN in chains where it is not reached to rounding error."""
-    if solver == "value_iteration":
+    if solver == "value_iteration" or (solver == "auto" and base.shape[0] > DENSE_STATES and problem.fast):
         return _iterate_values(base, problem)
     if problem.reading == "trajectory":
         return _newton(base, _linear_values(base, problem), problem, sweeps=0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -27,9 +26,9 @@ _DENSE_ABOVE = 0.25
 DENSE_STATES = 1000
 # Dense systems of this size are solved at a time: what fits a cache is not fetched from memory anew.
 _SOLVE_BYTES = 2**20
-# From this many states on, where M contracts at least this fast, products with it are cheaper than factors of I - M.
-_KRYLOV_STATES, _KRYLOV_RATE = 256, 0.99
-_KRYLOV_STEPS, _KRYLOV_CYCLES = 20, 20
+# M that contracts at least this fast solves a large system by at most some 3,000 products with it.
+FAST_RATE = 0.988
+_MAX_PRODUCTS = 4_000
 
 
 _numbered: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -282,13 +281,12 @@ def solve_system(
 
 
 def _solve(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    direct = _solve_dense if transitions.num_states <= DENSE_STATES else _solve_sparse
-    if transitions.num_states < _KRYLOV_STATES:
-        return direct(transitions, weight, b, transpose)
-    x = _solve_krylov(transitions, weight, b, transpose)
+    if transitions.num_states <= DENSE_STATES:
+        return _solve_dense(transitions, weight, b, transpose)
+    x = _solve_iterated(transitions, weight, b, transpose)
     left = x[0].isnan().nonzero().flatten()
     if len(left):
-        x[:, left] = direct(transitions, weight[:, left], b[:, left], transpose)
+        x[:, left] = _solve_sparse(transitions, weight[:, left], b[:, left], transpose)
     return x
 
 
@@ -342,51 +340,23 @@ def _solve_dense(transitions: TransitionMap, weight: Tensor, b: Tensor, transpos
     return x
 
 
-def _solve_krylov(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    """Restarted GMRES for all chains at once (Saad and Schultz 1986); NaN where M contracts slowly, or it stalls."""
+def _solve_iterated(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
+    """``x = b + M x`` for all chains at once, to rounding error; NaN where M contracts too slowly."""
     state, column, by_pair, by_state, by_column = transitions.pattern
-    rate = by_state.apply(by_pair.apply(weight.abs())).amax(0)
-    chains = ((rate <= _KRYLOV_RATE) & b.isfinite().all(0)).nonzero().flatten()
-    result = torch.full_like(b, torch.nan)
-    m, b = by_pair.apply(weight[:, chains]), b[:, chains]
+    m = by_pair.apply(weight)
+    rate = by_state.apply(m.abs()).amax(0)
+    chains = ((rate <= FAST_RATE) & b.isfinite().all(0)).nonzero().flatten()
+    m, b, result = m[:, chains], b[:, chains], torch.full_like(b, torch.nan)
     source, total = (state, by_column) if transpose else (column, by_state)
-
-    def remainder(x: Tensor) -> Tensor:
-        return x - total.apply(m * x[source])
-
-    x, residual, eps = torch.zeros_like(b), b, torch.finfo(b.dtype).eps
-    for _ in range(_KRYLOV_CYCLES):
-        done = residual.abs().amax(0) <= 16 * eps * (b.abs().amax(0) + x.abs().amax(0))
+    x, done = b, torch.zeros_like(chains, dtype=torch.bool)
+    for _ in range(_MAX_PRODUCTS if len(chains) else 0):
+        update = total.apply_plus(b, m * x[source])
+        settled = (update - x).abs().amax(0) <= 4 * torch.finfo(b.dtype).eps * update.abs().amax(0)
+        x, done = torch.where(done, x, update), done | settled
         if bool(done.all()):
             break
-        x = torch.where(done, x, x + _krylov_cycle(remainder, residual))
-        residual = b - remainder(x)
     result[:, chains] = torch.where(done, x, torch.nan)
     return result
-
-
-def _krylov_cycle(linear: Callable[[Tensor], Tensor], residual: Float[Tensor, "S C"]) -> Float[Tensor, "S C"]:
-    """The combination of residual, A residual, A^2 residual, ... whose image is nearest to the residual."""
-    limits = torch.finfo(residual.dtype)
-    size = residual.norm(dim=0)
-    basis = [residual / size.clamp_min(limits.tiny)]
-    image = residual.new_zeros(residual.shape[1], _KRYLOV_STEPS + 1, _KRYLOV_STEPS)
-    for j in range(_KRYLOV_STEPS):
-        new = linear(basis[j])
-        noise = new.norm(dim=0) * (64 * limits.eps)
-        for i, old in enumerate(basis):
-            along = (old * new).sum(0)
-            new.addcmul_(old, along, value=-1)
-            image[:, i, j] = along
-        length = new.norm(dim=0)
-        # What remains of a chain whose vectors are exhausted is rounding error, and no direction.
-        image[:, j + 1, j] = length = torch.where(length > noise, length, 0.0)
-        basis.append(torch.where(length > 0, new / length.clamp_min(limits.tiny), 0.0))
-    # Least squares by normal equations: cycles make up for their rounding, and LAPACK's lstsq is not reproducible.
-    gram = image.mT @ image
-    gram += torch.diag_embed((gram.diagonal(dim1=1, dim2=2) == 0).to(gram.dtype))
-    share = torch.linalg.solve_ex(gram, image[:, 0] * size.unsqueeze(1))[0].t()
-    return sum((q * c for q, c in zip(basis, share, strict=False)), torch.zeros_like(residual))
 
 
 def _solve_sparse(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import ModelError
-from pirl.infer.potential import Potential
+from pirl.infer.potential import NO_DENSITY, Potential
 from pirl.infer.recorded import record as record_function
 
 Evaluation = tuple[Float[Tensor, " B"], Float[Tensor, "B D"], Float[Tensor, " B"]]
@@ -23,7 +23,7 @@ Evaluation = tuple[Float[Tensor, " B"], Float[Tensor, "B D"], Float[Tensor, " B"
 ADVICE = (
     ("data-dependent control flow", "choose between values with torch.where, not with if"),
     (".item()", "keep parameters as tensors: no float(), int(), .item(), nor if on a parameter"),
-    ("in-place", "write no values into existing tensors (x[0] = y): use torch.stack, torch.cat or torch.where"),
+    ("inplace", "write no values into existing tensors (x[0] = y): use torch.stack, torch.cat or torch.where"),
     ("randomness", "draw no random numbers but with pyro.sample"),
     ("numpy", "use torch, not numpy, on what depends on a parameter"),
 )
@@ -96,7 +96,7 @@ class BatchedPotential:
     def _evaluate(self, vectors: Tensor, heat: Tensor) -> Any:
         try:
             return self._each(vectors, heat) if self.loop else (self._graph or self._mapped)(vectors, heat)
-        except (ArithmeticError, torch.linalg.LinAlgError):  # of one chain, but all were evaluated together
+        except NO_DENSITY:  # of one chain, but all were evaluated together
             return self._each(vectors, heat)
 
     def _each(self, vectors: Tensor, heat: Tensor) -> Any:
@@ -109,7 +109,7 @@ class BatchedPotential:
                     value = torch.as_tensor(-(log_prior + temperature * log_likelihood))
                     (slope,) = torch.autograd.grad(value, leaf)
                     rows.append((value.detach(), slope, torch.as_tensor(log_likelihood).detach()))
-                except (ArithmeticError, torch.linalg.LinAlgError):
+                except NO_DENSITY:
                     rows.append(
                         (vector.new_tensor(torch.nan), torch.full_like(vector, torch.nan), vector.new_zeros(()))
                     )

@@ -22,7 +22,7 @@ import torch
 
 from pirl.errors import CheckpointError
 from pirl.infer.engine import STARTS, random_numbers
-from pirl.infer.potential import Potential
+from pirl.infer.potential import NO_DENSITY, Potential
 
 MAGIC = b"pirl checkpoint 1\n"
 DIGEST = 64
@@ -124,7 +124,7 @@ def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity
     try:
         energy, slopes = potential.gradient(potential.unflatten(point))
         probe = torch.cat([energy.reshape(1), potential.flatten(slopes)]).detach().cpu().numpy()
-    except (ArithmeticError, torch.linalg.LinAlgError):  # no density there
+    except NO_DENSITY:  # no density there
         probe = np.zeros(0)
     return Checkpoint(path, {**kept, "dtype": dtype, "sites": sites}, probe)
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceError, ConvergenceWarning, DivergenceError, ModelError, OptionError, PirlError
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, own_generator, reseed
-from pirl.infer.potential import Potential, Site, Values
+from pirl.infer.potential import NO_DENSITY, Potential, Site, Values
 
 if TYPE_CHECKING:
     import xarray
@@ -62,7 +62,7 @@ def _stack_over_draws(
         start()
         try:
             stacked = mapped(index, draws)
-        except (DivergenceError, ConvergenceError):
+        except NO_DENSITY:
             stacked = None
         except PirlError:
             raise
@@ -122,7 +122,7 @@ def simulate_draws(
         for _ in range(1 if latent else PRIOR_ATTEMPTS):
             try:
                 return {"drawn": potential.simulate(values, args, kwargs)}
-            except (DivergenceError, ConvergenceError) as error:  # parameters for which there is nothing to draw from
+            except NO_DENSITY as error:  # parameters for which there is nothing to draw from
                 refused, last = refused + 1, error
         raise last
 

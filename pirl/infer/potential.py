@@ -23,11 +23,14 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
-from pirl.errors import ConvergenceError, DiscreteLatentError, DivergenceError, ModelError, PirlError
+from pirl.errors import DiscreteLatentError, ModelError, PirlError
 
 Values = dict[str, Tensor]
 
 SURVEY_ATTEMPTS = 100
+
+NO_DENSITY = (ArithmeticError, torch.linalg.LinAlgError)
+"""What a model may raise where it has no density: for pirl's own errors of that kind, see :mod:`pirl.errors`."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +322,7 @@ def _survey(
     for attempt in range(SURVEY_ATTEMPTS):
         try:
             return _survey_once(model, args, kwargs, subsampling)
-        except (DivergenceError, ConvergenceError):
+        except NO_DENSITY:
             if attempt == SURVEY_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
@@ -337,7 +340,7 @@ def _survey_once(
             if subsampled:
                 with whole_plates():
                     trace = pyro.poutine.trace(model, graph_type="flat").get_trace(*args, **kwargs)
-    except PirlError:
+    except (PirlError, *NO_DENSITY):
         raise
     except (ValueError, RuntimeError) as error:
         reason: BaseException | None = error

@@ -164,7 +164,7 @@ class _Store:
 
     def __init__(self, size: int) -> None:
         self.size, self.count, self.divergences = size, 0, 0
-        self.draws = torch.empty(0)
+        self.draws = torch.empty(0, 0, 0)
         self.stats: Stats = {}
         self.last: Stats = {}
 

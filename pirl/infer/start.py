@@ -12,7 +12,7 @@ from pirl.errors import NonFiniteError, OptionError
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
-from pirl.infer.potential import Potential, Values
+from pirl.infer.potential import NO_DENSITY, Potential, Values
 
 START_ATTEMPTS = 100
 
@@ -23,7 +23,7 @@ def guarded(potential: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]
     def energy(z: Values) -> Tensor:
         try:
             value = potential(z)
-        except (ArithmeticError, torch.linalg.LinAlgError):
+        except NO_DENSITY:
             return sum(x.sum() for x in z.values()) * math.nan  # type: ignore[return-value]
         return value if value > -math.inf else value * math.nan
 
