@@ -131,7 +131,10 @@ def fit(
         check_memory(potential, -(-counts["num_samples"] // thin) * counts["num_chains"], log_likelihood)
         shared: dict[str, Any] = {"thin": thin, "ranks": ranks} if samples else {}
         if checkpoint is not None:
-            identity = {"model": name, "engine": engine, "seed": seed, **counts, "thin": thin, "options": options}
+            # A run may go on for more draws; but SMC's are its particles, all of which move from the beginning.
+            fixed = {name: count for name, count in counts.items() if name != "num_samples" or engine == "smc"}
+            whole = {f"option {name}": options.get(name, parameters[name].default) for name in _options(run)}
+            identity = {"model": name, "engine": engine, "seed": seed, **fixed, "thin": thin, **whole}
             shared["checkpoint"] = open_checkpoint(checkpoint, potential, identity)
         draws = run(potential, **counts, seed=seed, progress=progress, **shared, **options)
         sampled = time.perf_counter()
@@ -176,9 +179,14 @@ def _own_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def _check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def _options(run: Callable[..., Any]) -> list[str]:
+    """Names of the options of an engine beside those that all have."""
     common = ("potential", "num_chains", "num_warmup", "num_samples", "seed", "progress", "thin", "ranks", "checkpoint")
-    known = [name for name in inspect.signature(run).parameters if name not in common]
+    return [name for name in inspect.signature(run).parameters if name not in common]
+
+
+def _check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    known = _options(run)
     for name in options:
         if name not in known:
             raise OptionError(f"engine {engine!r} has no option {name!r}; its options are {', '.join(known)}")

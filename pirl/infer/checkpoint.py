@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import textwrap
 import time
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +26,8 @@ from pirl.errors import CheckpointError
 from pirl.infer.engine import STARTS, random_numbers
 from pirl.infer.potential import NO_DENSITY, Potential
 
-MAGIC = b"pirl checkpoint 1\n"
+FORMAT = 1
+MAGIC = b"pirl checkpoint %d\n" % FORMAT
 DIGEST = 64
 EVERY = 30.0
 """Seconds between two checkpoints."""
@@ -73,12 +76,12 @@ class Checkpoint:
         if not self.path.exists():
             return None
         arrays = read(self.path)
-        identity, probe = json.loads(str(arrays.pop("identity"))), arrays.pop("probe")
+        identity, probe = json.loads(arrays.pop("identity").item()), arrays.pop("probe")
         for name in sorted(self.identity.keys() | identity.keys()):
             ours, theirs = self.identity.get(name), identity.get(name)
             if ours != theirs:
                 raise CheckpointError(
-                    f"{self.path} belongs to another run, where {name} is {theirs!r} and not {ours!r}: "
+                    f"{self.path} belongs to another run, where {name} is {_short(theirs)} and not {_short(ours)}: "
                     "name another file, or delete it"
                 )
         tolerance = 1e-3 if probe.dtype == np.float32 else 1e-7
@@ -114,10 +117,10 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity: Mapping[str, Any]) -> Checkpoint:
     """Make the checkpoint of a run, told apart from others by its options, its sites, and the density that it gives.
 
-    The number of draws is no part of it: a run may be continued for more.
+    Options are those that are set, and the defaults of the others.
     """
     sites = {name: [list(site.shape), list(site.unconstrained_shape)] for name, site in potential.latent.items()}
-    kept = {name: _plain(value) for name, value in identity.items() if name != "num_samples"}
+    kept = {name: _plain(value) for name, value in identity.items()}
     dtype = str(torch.get_default_dtype()).removeprefix("torch.")
     numbers = random_numbers(0, STARTS, 1)
     point = torch.from_numpy(numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
@@ -133,9 +136,14 @@ def _plain(value: Any) -> Any:
     """An option as JSON can keep it."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.tolist()
     return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)
+
+
+def _short(value: Any) -> str:
+    """A value in a message of one line."""
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
 class _Hashed(io.RawIOBase):
@@ -174,12 +182,22 @@ def read(path: Path) -> Arrays:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     if not content.startswith(MAGIC):
-        raise CheckpointError(f"{path} is not a checkpoint of pirl: it is left as it is; name another file")
+        other = re.match(rb"pirl checkpoint (\d{1,9})\n", content)
+        kind = f"has format {int(other[1])} of another version of pirl; this one reads format {FORMAT}" if other else ""
+        raise CheckpointError(f"{path} {kind or 'is not a checkpoint of pirl'}: it is left as it is; name another file")
     body, digest = content[:-DIGEST], content[-DIGEST:]
+    damaged = f"checkpoint {path} is damaged: it is left as it is; name another file, or delete it"
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise CheckpointError(f"checkpoint {path} is damaged: it is left as it is; name another file, or delete it")
-    with np.load(io.BytesIO(body[len(MAGIC) :]), allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
+        raise CheckpointError(damaged)
+    try:
+        # Refuses pickles; what has the right sum and is no archive of arrays all the same was not written by save().
+        with np.load(io.BytesIO(body[len(MAGIC) :]), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(damaged) from error
+    if not {"identity", "probe", "step"} <= arrays.keys():
+        raise CheckpointError(damaged)
+    return arrays
 
 
 def _sync_folder(folder: Path) -> None:

@@ -30,14 +30,10 @@ def check_memory(potential: Potential, draws: int, log_likelihood: bool) -> None
     if free is None or total <= free:
         return
     largest = max(parts, key=lambda name: parts[name])
-    advice = (
-        "log_likelihood=False, a larger thin, or fewer"
-        if largest.endswith("log_likelihood")
-        else "a larger thin, or fewer"
-    )
+    advice = "log_likelihood=False, " if largest.endswith("log_likelihood") else ""
     raise MemoryLimitError(
         f"the result of {draws} draws would take about {_in_words(total)}, but {_in_words(free)} are free; the largest "
-        f"part is {largest} with {_in_words(parts[largest])}: use {advice}, or fewer chains or samples"
+        f"part is {largest} with {_in_words(parts[largest])}: use {advice}a larger thin, or fewer chains or samples"
     )
 
 
@@ -69,8 +65,10 @@ def free_memory() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        return free if limit == "max" else min(free, int(limit) - used)
-    except (OSError, ValueError):
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(pages["active_file"]) + int(pages["inactive_file"])  # given back when others need it
+        return free if limit == "max" else max(0, min(free, int(limit) - used + cached))
+    except (OSError, ValueError, KeyError):
         return free
 
 

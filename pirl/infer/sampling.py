@@ -90,7 +90,8 @@ def sample(
     Raises:
         KeyboardInterrupt: Ctrl-C in warm-up, when there are no draws.
         SystemExit: SIGTERM, with a checkpoint.
-        CheckpointError: the checkpoint is not of this run, is damaged, or could not be written when the run ended.
+        CheckpointError: the checkpoint is not of this run, is damaged, or could not be written when there was nothing
+            else to keep the run.
     """
     store = _Store(-(-num_samples // thin))
     begin = _resume(sampler, store, checkpoint)
@@ -121,12 +122,14 @@ def sample(
             if stop or leave:
                 break
             if save:
-                _save(sampler, store, step, checkpoint, ranks, must=False)
-    over = step >= total or sampler.finished
-    if step > begin:
-        _save(sampler, store, step, checkpoint, ranks, must=True)
+                _save(sampler, store, step, checkpoint, ranks, otherwise="the run goes on")
+        over = step >= total or sampler.finished
+        if step > begin:
+            returned = "the draws are returned all the same" if (over or store.count) and not leave else None
+            _save(sampler, store, step, checkpoint, ranks, otherwise=returned)
+    leave = leave or asked.to_leave  # heard while the last save was made
     if leave or not over:
-        _explain(step, store.count, checkpoint, leave)
+        _explain(step, store.count, checkpoint, leave, ranks.leads)
     return Sampled(store.draws[:, : store.count], store.taken(), store.last, interrupted=not over)
 
 
@@ -138,17 +141,19 @@ class _Asked:
 
     @contextmanager
     def listening(self, terminate: bool) -> Iterator[None]:
-        """Only the main thread may listen; others leave signals as they are."""
+        """Only the main thread may listen; others leave signals as they are, and so does who ignores them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        listened = [signal.SIGINT] + [signal.SIGTERM] * terminate
-        before = {number: signal.signal(number, self._hear) for number in listened}
+        before = {number: signal.getsignal(number) for number in [signal.SIGINT] + [signal.SIGTERM] * terminate}
+        listened = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+        for number in listened:
+            signal.signal(number, self._hear)
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in listened:
+                signal.signal(number, before[number])
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:
@@ -230,7 +235,10 @@ def _resume(sampler: Sampler, store: _Store, checkpoint: Checkpoint | None) -> i
     return int(arrays["step"])
 
 
-def _save(sampler: Sampler, store: _Store, step: int, checkpoint: Checkpoint | None, ranks: Ranks, must: bool) -> None:
+def _save(
+    sampler: Sampler, store: _Store, step: int, checkpoint: Checkpoint | None, ranks: Ranks, otherwise: str | None
+) -> None:
+    """Save; where that fails, warn and say what happens otherwise, or raise."""
     if checkpoint is None:
         return
     state = sampler.state_dict()
@@ -240,20 +248,22 @@ def _save(sampler: Sampler, store: _Store, step: int, checkpoint: Checkpoint | N
     try:
         checkpoint.save({"step": np.array(step), **arrays, **store.arrays()})
     except CheckpointError as error:
-        if must:
+        if otherwise is None:
             raise
-        warnings.warn(f"{error}; the run goes on", CheckpointWarning, stacklevel=4)
+        warnings.warn(f"{error}; {otherwise}", CheckpointWarning, stacklevel=5)
 
 
-def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool) -> None:
+def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool, leads: bool) -> None:
     """Say what an interrupted run leaves, and end it where it leaves nothing to return."""
     again = f"; the same call goes on from {checkpoint.path}" if checkpoint else ""
     if leave:
-        print(f"pirl: terminated at step {step}{again}", file=sys.stderr)
+        if leads:
+            print(f"pirl: terminated at step {step}{again}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
     if not count:
         raise KeyboardInterrupt(f"interrupted after {step} steps, when there are no draws yet{again}")
-    warnings.warn(f"interrupted: returning the {count} draws of each chain so far{again}", InterruptedWarning, 4)
+    if leads:
+        warnings.warn(f"interrupted: returning the {count} draws of each chain so far{again}", InterruptedWarning, 5)
 
 
 def _mean(stats: Mapping[str, Any], name: str) -> float | None:

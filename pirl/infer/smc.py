@@ -26,6 +26,9 @@ from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, sample
 from pirl.infer.start import find_start
 
+WIDTH = 256
+"""Particles of a block on a CPU: there are many, and a step of all of them has no end that others wait for."""
+
 MOST_MOVES = 100_000
 FEWEST_MOVES = 2
 
@@ -184,7 +187,7 @@ def run(
     target_ess: float = 0.8,
     target_accept_prob: float = 0.8,
     max_leapfrogs: int = 200,
-    max_moves: int = 10,
+    max_moves: int = 5,
     correlation: float = 0.2,
     dense_mass: bool | None = None,
     chains_per_block: int | None = None,
@@ -207,7 +210,8 @@ def run(
         target_accept_prob: acceptance that the step size aims at.
         max_leapfrogs: at most so many gradients a move.
         max_moves: moves at a temperature at most, and ``correlation`` with where particles began below which fewer do.
-        dense_mass, chains_per_block, record, loop: see :func:`pirl.infer.chees.run`.
+        chains_per_block: width of a block, 256 or on a GPU 1024 by default.
+        dense_mass, record, loop: see :func:`pirl.infer.chees.run`.
 
     Raises:
         ModelError: the model does not vmap; says what to change.
@@ -218,7 +222,7 @@ def run(
         raise OptionError(f"target_ess is {target_ess}, but must be a share between 0 and 1")
     count = num_chains * num_samples
     device = torch.empty(0).device
-    width = min(chains_per_block or default_width(count, device), count)
+    width = min(chains_per_block or (WIDTH if device.type == "cpu" else default_width(count, device)), count)
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)
         probes = torch.stack([potential.flatten(find_start(potential, "prior")) for _ in range(2)])

@@ -47,7 +47,8 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
     energy = guarded(potential)
     for _ in range(START_ATTEMPTS if isinstance(init, str) else 1):
         if not isinstance(init, str):
-            z = potential.unconstrain(init)
+            dtype = torch.get_default_dtype()
+            z = potential.unconstrain({name: torch.as_tensor(value, dtype=dtype) for name, value in init.items()})
         elif init == "prior":
             z = potential.prior_draw()
         else:
