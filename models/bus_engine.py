@@ -49,7 +49,10 @@ labels = {"RC": "replacement cost RC (utility)", "theta11": "running cost theta1
 
 # The two costs are nearly proportional (correlation .92), which a dense mass matrix takes away. What is left is almost
 # Gaussian, and few long steps explore it better than many short ones.
-defaults = {"nuts": {"num_warmup": 200, "num_samples": 500, "full_mass": True, "target_accept_prob": 0.65}}
+defaults = {
+    "chees": {"num_chains": 32, "num_warmup": 100, "num_samples": 150},
+    "nuts": {"num_warmup": 200, "num_samples": 500, "full_mass": True, "target_accept_prob": 0.65},
+}
 
 
 class Choices(dist.Binomial):

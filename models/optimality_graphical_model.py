@@ -46,7 +46,10 @@ TRUE_WEIGHTS = {"right end": 1.0, "going right": -0.5}
 
 # Simulated episodes predict nothing here: they are not conditioned on O.
 defaults = {
-    "nuts": {"num_warmup": 200, "num_samples": 300, "full_mass": True, "num_prior": 100, "num_posterior_predictive": 0}
+    "num_prior": 100,
+    "num_posterior_predictive": 0,
+    "chees": {"num_chains": 32, "num_warmup": 100, "num_samples": 150},
+    "nuts": {"num_warmup": 200, "num_samples": 300, "full_mass": True},
 }
 dims = {"features": ("state", "action", "feature")}
 labels = {"weights": "weight"}

@@ -97,11 +97,9 @@ posterior = pirl.fit(
     mdp,
     features,
     coords={"landmark": list(landmarks)},
-    engine="nuts",
-    num_chains=2 if SHORT else 4,
+    num_chains=16,  # all at once
     num_warmup=30 if SHORT else 100,
-    num_samples=50 if SHORT else 200,
-    full_mass=True,
+    num_samples=30 if SHORT else 100,
     num_posterior_predictive=40 if SHORT else 400,
     seed=1,
 )

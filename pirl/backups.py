@@ -54,6 +54,11 @@ class SoftProblem(Numbered):
         return ends.flatten() if bool(ends.any()) else None
 
     @cached_property
+    def linear(self) -> bool:
+        """Whether Q is linear in the next V: always in the causal reading, and wherever nothing is left to chance."""
+        return self.reading == "causal" or (self.stop == 0 and bool((self.transitions.value == 1).all()))
+
+    @cached_property
     def rate(self) -> float:
         """The largest probability (times the discount) that a decision is followed by another."""
         value, row = self.transitions.value, self.transitions.row
@@ -74,7 +79,7 @@ def backup(
     base: Float[Tensor, "S A #C"], values: Float[Tensor, "S #C"], problem: SoftProblem, out: Tensor | None = None
 ) -> Float[Tensor, "S A C"]:
     """Q from the next state's values; ``base`` is r + log p(a|s). ``out`` is room that may be used for it."""
-    if problem.reading == "causal":
+    if problem.linear:
         room = None if out is None else out.flatten(0, 1)
         return problem.transitions.apply_plus(base.flatten(0, 1), values, room).unflatten(0, base.shape[:2])
     return base + log_expect(values, problem).unflatten(0, base.shape[:2])
@@ -104,7 +109,7 @@ def log_expect(values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tens
 def entry_weights(values: Float[Tensor, "S C"], problem: SoftProblem) -> Float[Tensor, "nnz #C"]:
     """Weight of each transition in the derivative of Q: g P(s'|s,a), or the tilted law P(s'|s,a) e^{V(s')} / norm."""
     transitions = problem.transitions
-    if problem.reading == "causal":
+    if problem.linear:
         return transitions.value.unsqueeze(-1)
     norm = log_expect(values, problem)
     return (transitions.value.log().unsqueeze(-1) + values[transitions.column] - norm[transitions.row]).exp()

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import xarray
 
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
+INTERRUPTED = 130
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -58,8 +59,10 @@ class _Commands(TyperGroup):
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except PirlError as error:
             _complain(str(error))
-        except typer.Abort:
-            sys.exit(130)
+        except typer.Abort as error:  # Ctrl-C, with what there is to say about it
+            if error.__cause__ is not None and error.__cause__.args:
+                print(f"pirl: {error.__cause__}", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except Exception as error:
             # What typer raises for words that it does not understand; it may carry its own copy of click.
             if not hasattr(error, "format_message"):
@@ -102,7 +105,7 @@ PosteriorPath = Annotated[Path, typer.Argument(metavar="POSTERIOR.nc", help="A f
 @app.command("fit")
 def fit_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A Python file with model(...) and load(...).")],
-    engine: Annotated[str | None, typer.Option(help="nuts, svi or laplace.")] = None,
+    engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
     chains: Annotated[int | None, typer.Option(min=1, help="Number of chains.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
@@ -113,19 +116,28 @@ def fit_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="POSTERIOR.nc", help="Where to write the posterior.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="POSTERIOR.png", help="Where to draw it.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN.ckpt", help="Where to save the run; the same command goes on from there."),
+    ] = None,
     progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
 ) -> None:
-    """Infer the posterior of a model file, print its summary, and keep it."""
+    """Infer the posterior of a model file, print its summary, and keep it.
+
+    Ctrl-C while it samples keeps the draws so far; the exit status is then 130.
+    """
     _check_output(out)
     _check_output(plot, PLOT_FORMATS)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup,
-        "device": _device(device), "seed": seed, "progress": progress,
+        "device": _device(device), "seed": seed, "progress": progress, "checkpoint": checkpoint,
     }  # fmt: skip
     with _short_warnings():
         posterior = file.fit(options, {name: value for name, value in arguments.items() if value is not None})
+    if posterior is None:  # the process of another rank has it
+        return
     if out is not None:
         write_posterior(posterior, out)
     if plot is not None:
@@ -134,6 +146,8 @@ def fit_command(
     for path in (out, plot):
         if path is not None:
             print(f"wrote {path}")
+    if posterior.attrs.get("interrupted") == "True":
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command("summary")
@@ -163,12 +177,19 @@ def plot_command(
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Print each warning once, as one line."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Print each warning once, as one line, when it comes."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *where: Any) -> None:
+        line = " ".join(str(message).split())
+        if line not in told:
+            told.add(line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", ConvergenceWarning)
+        warnings.showwarning = show  # put back by catch_warnings
         yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- model files
@@ -244,8 +265,11 @@ class ModelFile:
                 )
         return options
 
-    def fit(self, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> xarray.DataTree:
-        """Load, fit, and note in the posterior what was fitted, its labels and the reference values."""
+    def fit(self, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> xarray.DataTree | None:
+        """Load, fit, and note in the posterior what was fitted, its labels and the reference values.
+
+        None in a process of several that does not lead them.
+        """
         import pirl
 
         loaded = dict(self.load(**options))
@@ -254,7 +278,7 @@ class ModelFile:
         except TypeError as error:
             raise OptionError(f"{self.path}: what load() returns does not fit model(): {error}") from None
         known = {**options, **loaded}
-        engine = arguments.get("engine", self.defaults.get("engine", "nuts"))
+        engine = arguments.get("engine", self.defaults.get("engine", "chees"))
         own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
         own |= self.defaults.get(engine, {})
         coords = _called(self.coords, known) or {}
@@ -264,6 +288,8 @@ class ModelFile:
             model_kwargs=loaded,
             **{"coords": coords, "dims": self.dims, **own, **arguments, "engine": engine},
         )
+        if posterior is None:
+            return None
         posterior.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
         if reference is not None:
             posterior.attrs["reference"] = json.dumps(reference)

@@ -23,7 +23,7 @@ from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
 from pirl.infer.engine import START_STREAM, own_generator, reseed
 from pirl.infer.memory import check_memory
-from pirl.infer.ranks import joined
+from pirl.infer.ranks import join
 
 if TYPE_CHECKING:
     import xarray
@@ -120,7 +120,8 @@ def fit(
     args = tuple(_moved(value, device, dtype, moving) for value in args)
     kwargs = {name: _moved(value, device, dtype, moving) for name, value in kwargs.items()}
     name = getattr(model, "__name__", type(model).__name__)
-    with _surroundings(device, dtype), joined(device) as ranks:
+    with _surroundings(device, dtype):
+        ranks = join(device)
         if not (samples or ranks.leads):
             return None  # type: ignore[return-value] # an approximation is the work of one process
         reseed(seed, START_STREAM)

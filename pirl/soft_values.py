@@ -116,7 +116,7 @@ def _(reward: Tensor, values: Tensor, cotangent: Tensor, problem: int, policy: T
 
 
 def _steps_kept(reward: Tensor, problem: SoftProblem) -> int:
-    if problem.horizon is None or problem.reading == "trajectory":
+    if problem.horizon is None or problem.reading == "trajectory":  # a tracer cannot look whether it is linear
         return 0
     return min(problem.horizon, _KEPT // max(1, reward.numel()))
 
@@ -227,7 +227,7 @@ def finite_values(
     base: Float[Tensor, "S A C"], problem: SoftProblem, horizon: int, policy: Tensor | None = None
 ) -> Float[Tensor, "K1 S C"]:
     """Backward scan: V_0 = 0, V_k = logsumexp_a Q(V_{k-1}); fills ``policy [J, S, A, C]`` of the first J steps."""
-    if problem.reading == "trajectory":
+    if not problem.linear:
         values = _scaled_values(base, problem, horizon)
         if values is not None:
             return values
@@ -250,7 +250,7 @@ def finite_visits(
     last = len(values) - 1
     while last > 0 and not bool(cotangent[last].any()):
         last -= 1
-    if problem.reading == "trajectory":
+    if not problem.linear:
         visits = _scaled_visits(base, values[: last + 1], cotangent[: last + 1], problem)
         return _plain_visits(base, values, cotangent, problem) if visits is None else visits
     visits, buffer, weight = torch.zeros_like(base), torch.empty_like(base), cotangent[last]
@@ -275,16 +275,16 @@ def _scaled_values(base: Tensor, problem: SoftProblem, horizon: int) -> Tensor |
     top = base.flatten(0, 1).amax(0)
     factor, buffer = (base - top).exp_(), torch.empty_like(base)
     values = base.new_zeros(horizon + 1, states, chains)
-    u, scale, least = base.new_ones(states, chains), base.new_zeros(chains), base.new_ones(chains)
+    u, scale = base.new_ones(states, chains), base.new_zeros(chains)
     for k in range(1, horizon + 1):
         now = _scaled_expect(u, scale, problem, buffer).mul_(factor).sum(1)
         peak = now.amax(0)
         torch.div(now, peak, out=u)
+        if not bool(u.amin() > torch.finfo(u.dtype).tiny * 2.0**52):
+            return None
         scale = peak.log_().add_(scale).add_(top)
-        least = torch.minimum(least, u.amin(0))
         torch.log(u, out=values[k]).add_(scale)
-    enough = bool((least > torch.finfo(u.dtype).tiny * 2.0**52).all())
-    return values if enough else None
+    return values
 
 
 def _scaled_expect(u: Tensor, scale: Tensor, problem: SoftProblem, out: Tensor) -> Float[Tensor, "S A C"]:
@@ -317,7 +317,7 @@ def occupancy_step(
     base: Tensor, values: Float[Tensor, "S C"], following: Float[Tensor, "S C"], weight: Tensor, problem: SoftProblem
 ) -> tuple[Float[Tensor, "S A C"], Float[Tensor, "S C"]]:
     """One step of the adjoint: (visits to pairs, flow into next states) of ``weight`` visits to states."""
-    if problem.reading == "causal":
+    if problem.linear:
         policy = backup(base, following, problem).sub_(values.unsqueeze(1)).exp_()
         visits = weight.unsqueeze(1) * policy
         return visits, problem.transitions.flow(visits.flatten(0, 1))

@@ -260,7 +260,7 @@ def test_an_option_that_is_named_is_that_option(steps: list[int], tmp_path: Path
     start = {"m": torch.tensor([0.5, -0.5], dtype=torch.float64), "s": np.array(1.0)}
     run("nuts", checkpoint=path, init=start)
     steps.clear()
-    run("nuts", checkpoint=path, init=start, max_tree_depth=10)
+    run("nuts", checkpoint=path, init=start, target_accept_prob=0.8)
     assert not steps
     with pytest.raises(errors.CheckpointError, match="option init is"):
         run("nuts", checkpoint=path, init={**start, "s": np.array(1.1)})
@@ -690,6 +690,7 @@ def test_a_killed_process_goes_on(name: str, step: int, tmp_path: Path) -> None:
     assert_same(run(name, checkpoint=path), whole(name))
 
 
+@pytest.mark.slow
 def test_a_terminated_process_saves(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     status, complaint = Child("chees", 25, checkpoint=path, out="", pause=1).send(signal.SIGTERM)
@@ -717,6 +718,7 @@ def test_a_process_that_is_interrupted_twice_ends_at_once(tmp_path: Path) -> Non
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     """The system refuses to write more than 2000 bytes to any file."""
     path, out = tmp_path / "run.ckpt", tmp_path / "out.nc"

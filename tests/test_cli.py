@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 import xarray
 from typer.testing import CliRunner
 
-from pirl.cli import app, read_posterior, write_posterior
-from pirl.errors import PosteriorFileError
+from pirl.cli import _short_warnings, app, read_posterior, write_posterior
+from pirl.errors import CheckpointWarning, PosteriorFileError
+from pirl.infer import ENGINES
+from pirl.infer.nuts import Nuts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -270,3 +274,81 @@ def test_a_model_runs_as_a_program(command: list[str]) -> None:
     assert finished.stdout == ""
     (line,) = finished.stderr.splitlines()
     assert "no option 'color'; its options are group (text), discount (a number), data (a path or none)" in line
+
+
+# ------------------------------------------------------------------------------------------- checkpoints and interrupts
+
+
+def nuts_with(monkeypatch: Any, step: int, event: Any) -> None:
+    """Let something happen at the beginning of a step of NUTS."""
+    original = Nuts.advance
+
+    def advance(self: Nuts, now: int) -> Any:
+        if now == step:
+            event()
+        return original(self, now)
+
+    monkeypatch.setattr(Nuts, "advance", advance)
+
+
+NUTS = ("--engine", "nuts", "--chains", 2, "--samples", 20, "--warmup", 20)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_keeps_the_draws_so_far(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    out, path = tmp_path / "posterior.nc", tmp_path / "run.ckpt"
+    with monkeypatch.context() as patch:
+        nuts_with(patch, 31, ctrl_c)
+        result = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
+    assert result.exit_code == 130
+    assert "2 x 12 draws" in result.stdout and f"wrote {out}" in result.stdout
+    (line,) = (line for line in result.stderr.splitlines() if "interrupted" in line)
+    assert (
+        line == f"warning: interrupted: returning the 12 draws of each chain so far; the same call goes on from {path}"
+    )
+    interrupted = read_posterior(out)
+    assert interrupted.posterior.sizes["draw"] == 12 and interrupted.attrs["interrupted"] == "True"
+
+    again = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
+    assert again.exit_code == 0 and "2 x 20 draws" in again.stdout
+    whole = tmp_path / "whole.nc"
+    run("fit", model, *NUTS, "--out", whole)
+    np.testing.assert_array_equal(read_posterior(out).posterior["bias"], read_posterior(whole).posterior["bias"])
+    np.testing.assert_array_equal(interrupted.posterior["bias"], read_posterior(whole).posterior["bias"][:, :12])
+
+
+def test_ctrl_c_in_warm_up_says_what_is_left(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    out, path = tmp_path / "posterior.nc", tmp_path / "run.ckpt"
+    nuts_with(monkeypatch, 3, ctrl_c)
+    result = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
+    assert result.exit_code == 130
+    assert result.stdout == "" and path.exists() and not out.exists()
+    words = f"pirl: interrupted after 4 steps, when there are no draws yet; the same call goes on from {path}"
+    assert words in result.stderr.splitlines()
+
+
+def test_checkpoints_that_do_not_fit_get_one_line(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.ckpt"
+    path.write_text("my thesis")
+    assert "run.ckpt is not a checkpoint of pirl" in refused("fit", model, *NUTS, "--checkpoint", path)
+    assert path.read_text() == "my thesis"
+    assert "nowhere does not exist" in refused("fit", model, *NUTS, "--checkpoint", tmp_path / "nowhere" / "r")
+    assert "saves no checkpoints" in refused("fit", model, "--engine", "laplace", "--checkpoint", path)
+
+
+def test_warnings_are_told_once_when_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    with _short_warnings():
+        for _ in range(2):
+            warnings.warn("not\nsaved", CheckpointWarning, stacklevel=1)
+        assert capsys.readouterr().err == "warning: not saved\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_help_names_every_engine() -> None:
+    words = run("fit", "--help").stdout
+    for engine in ENGINES:
+        assert engine in words
+    assert "--checkpoint" in words

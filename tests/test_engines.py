@@ -100,35 +100,134 @@ def two_posteriors() -> None:
     pyro.sample("errors", dist.Normal(0.0, sd).expand([3]).to_event(1), obs=ERRORS)
 
 
-@pytest.mark.parametrize(
-    "model, num_samples, smallest_ess",
-    [
-        pytest.param(two_posteriors, 2000, 4000, marks=pytest.mark.slow),
-        pytest.param(four_posteriors, 1000, 1000, marks=pytest.mark.slow),
-        (two_posteriors, 250, 150),
-    ],
-)
-def test_nuts_matches_exact_posteriors(model: Callable[[], None], num_samples: int, smallest_ess: float) -> None:
+def z_scores(draws: np.ndarray, law: Any) -> dict[str | float, float]:
+    """Distance of mean, sd and quantiles of draws ``[chain, draw]`` from a law's, in Monte Carlo standard errors."""
     from arviz_stats.base import array_stats
 
-    chains = 4 if num_samples > 1000 else 2
-    result = fit(model, engine="nuts", num_chains=chains, num_warmup=300, num_samples=num_samples, seed=3, **FEW)
+    found = {"mean": (draws.mean(), law.mean()), "sd": (draws.std(), law.std())}
+    errors_of = {name: array_stats.mcse(draws, method=name) for name in found}
+    for p in (0.05, 0.5, 0.95):
+        found[p] = (np.quantile(draws, p), law.ppf(p))
+        errors_of[p] = array_stats.mcse(draws, method="quantile", prob=p)
+    return {name: (value - truth) / errors_of[name] for name, (value, truth) in found.items()}
+
+
+NUTS: dict[str, Any] = {"engine": "nuts", "num_warmup": 300}
+CHEES: dict[str, Any] = {"engine": "chees", "num_warmup": 100}
+SMC: dict[str, Any] = {"engine": "smc"}
+
+
+@pytest.mark.parametrize(
+    "model, options, smallest_ess",
+    [
+        pytest.param(two_posteriors, NUTS | {"num_chains": 4, "num_samples": 2000}, 4000, marks=pytest.mark.slow),
+        pytest.param(four_posteriors, NUTS | {"num_chains": 2, "num_samples": 1000}, 1000, marks=pytest.mark.slow),
+        (two_posteriors, NUTS | {"num_chains": 2, "num_samples": 250}, 150),
+        (two_posteriors, CHEES | {"num_samples": 250}, 4000),
+        (two_posteriors, CHEES | {"num_samples": 250, "dense_mass": False, "init": "laplace"}, 4000),
+        (four_posteriors, CHEES | {"num_samples": 250, "init": "uniform"}, 4000),
+        (two_posteriors, SMC | {"num_chains": 6, "num_samples": 1000}, 4000),
+        (four_posteriors, SMC | {"num_chains": 6, "num_samples": 1000}, 4000),
+    ],
+)
+def test_draws_match_exact_posteriors(model: Callable[[], None], options: dict[str, Any], smallest_ess: float) -> None:
+    from arviz_stats.base import array_stats
+
+    result = fit(model, seed=3, **options, **FEW)
     assert float(result.sample_stats["diverging"].mean()) < 0.01
     for name, (where, law) in exact_marginals().items():
         if name not in result.posterior:
             continue
         draws = result.posterior[name].isel(where).values
         assert array_stats.ess(draws, method="bulk") >= smallest_ess, name
-        for method, found, expected in (
-            ("mean", draws.mean(), law.mean()),
-            ("sd", draws.std(), law.std()),
-            *((p, np.quantile(draws, p), law.ppf(p)) for p in (0.05, 0.5, 0.95)),
-        ):
-            if isinstance(method, str):
-                error = array_stats.mcse(draws, method=method)
-            else:
-                error = array_stats.mcse(draws, method="quantile", prob=method)
-            assert abs(found - expected) < 4 * error, (name, method, found, expected, error)
+        for what, z in z_scores(draws, law).items():
+            assert abs(z) < 4, (name, what, z)
+
+
+def ill_conditioned() -> tuple[Callable[[], None], Tensor, Tensor]:
+    """A linear Gaussian model of 50 parameters whose posterior has sds from 1 to 1/100, rotated; mean, covariance."""
+    generator = torch.Generator().manual_seed(4)
+    rotation = torch.linalg.qr(torch.randn(50, 50, dtype=F64, generator=generator))[0]
+    precision = torch.logspace(0, 4, 50, dtype=F64)
+    # Prior precision 1, so the likelihood adds the rest.
+    design = (precision - 1 + 1e-12).sqrt()[:, None] * rotation.T
+    y = design @ torch.randn(50, dtype=F64, generator=generator)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([50]).to_event(1))
+        pyro.sample("y", dist.Normal(design @ w, 1.0).to_event(1), obs=y)
+
+    covariance = rotation @ (1 / precision).diag() @ rotation.T
+    return model, covariance @ design.T @ y, covariance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        CHEES | {"num_warmup": 300, "num_samples": 100},
+        CHEES | {"num_warmup": 300, "num_samples": 200, "dense_mass": False},
+        NUTS | {"num_chains": 2, "num_warmup": 600, "num_samples": 400, "full_mass": True},
+        SMC | {"num_chains": 5, "num_samples": 1000},
+    ],
+    ids=["chees", "chees-diagonal", "nuts", "smc"],
+)
+def test_draws_match_an_ill_conditioned_gaussian(options: dict[str, Any]) -> None:
+    """Along the principal axes too, where the condition number is 1e4."""
+    from arviz_stats.base import array_stats
+
+    model, mean, covariance = ill_conditioned()
+    result = fit(model, seed=8, **options, **FEW)
+    assert int(result.sample_stats["diverging"].sum()) == 0
+    draws = result.posterior["w"].values
+    _, axes = torch.linalg.eigh(covariance)
+    for directions in (np.eye(50), axes.numpy()):
+        centre = directions.T @ mean.numpy()
+        sd = np.sqrt(np.diag(directions.T @ covariance.numpy() @ directions))
+        turned = draws @ directions
+        for k in range(0, 50, 7):
+            law = stats.norm(centre[k], sd[k])
+            size = array_stats.ess(turned[:, :, k], method="bulk")
+            assert size > 300, (k, size)
+            for what, z in z_scores(turned[:, :, k], law).items():
+                assert abs(z) < 4, (k, what, z)
+
+
+@pytest.mark.parametrize("engine", ["chees", "nuts"])
+def test_a_funnel_is_reported_as_divergent(engine: str) -> None:
+    """Neal's funnel: no step size fits its neck and its mouth."""
+
+    def model() -> None:
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        pyro.sample("x", dist.Normal(0.0, torch.exp(0.5 * v)).expand([9]).to_event(1))
+
+    chains = 32 if engine == "chees" else 2
+    result = fit(model, engine=engine, num_chains=chains, num_warmup=150, num_samples=150, seed=2, **FEW)
+    assert int(result.sample_stats["diverging"].sum()) > 0
+
+
+@pytest.mark.slow
+def test_chees_and_nuts_agree_on_a_hierarchy() -> None:
+    """Two engines, one posterior without a closed form: eight schools, not centred."""
+    from arviz_stats.base import array_stats
+
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=F64)
+    sd = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=F64)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        raw = pyro.sample("raw", dist.Normal(0.0, 1.0).expand([8]).to_event(1))
+        pyro.sample("y", dist.Normal(mu + tau * raw, sd).to_event(1), obs=y)
+
+    runs = [CHEES | {"num_warmup": 200, "num_samples": 200}, NUTS | {"num_chains": 4, "num_samples": 500}]
+    results = [fit(model, seed=1, **options, **FEW).posterior for options in runs]
+    for name in ("mu", "tau"):
+        draws = [result[name].values for result in results]
+        for method in ("mean", "sd"):
+            value = [float(getattr(np, method.replace("sd", "std"))(x)) for x in draws]
+            error = math.hypot(*(array_stats.mcse(x, method=method) for x in draws))
+            assert abs(value[0] - value[1]) < 4 * error, (name, method)
 
 
 def test_recorded_potential_repeats_the_model() -> None:
@@ -170,6 +269,30 @@ def test_corrected_approximations_match_exact_posteriors(engine: str) -> None:
         assert abs(draws.mean() - law.mean()) < 4 * error, name
         skewness = ((draws - draws.mean()) ** 3).mean() / draws.std() ** 3
         assert abs(skewness - law.stats(moments="s")) < 4 * math.sqrt(15 / size), name
+
+
+@pytest.mark.parametrize("options", [{"engine": "laplace"}, {"engine": "svi", "guide": "normal"}])
+def test_weighed_moments_are_those_of_the_posterior(options: dict[str, Any]) -> None:
+    """A mean-field guide has too small sds, a Gaussian the wrong mean: the weights mend both, and k-hat vouches."""
+    x, y = regression_data()
+    mean, covariance, _ = regression_posterior(x, y)
+    if options["engine"] == "svi":
+        result = fit(regression, x, y, seed=1, num_samples=5000, **options, **FEW)
+        truth = {"weights": (mean.numpy(), covariance.diagonal().sqrt().numpy())}
+    else:
+        result = fit(large_sample, seed=1, num_samples=5000, **options, **FEW)
+        total = float((torch.arange(100.0) % 7).sum())
+        laws = {"rate": stats.gamma(2 + total, scale=1 / 101), "chance": stats.beta(27, 17)}
+        truth = {name: (law.mean(), law.std()) for name, law in laws.items()}
+    assert result.attrs["pareto_k"] < 0.7
+    error = 1 / math.sqrt(result.attrs["importance_ess"])
+    for name, (expected, sd) in truth.items():
+        moments = result["psis_moments"][name]
+        assert (np.abs(moments.sel(moment="mean") - expected) / sd < 4 * error).all(), name
+        assert (np.abs(moments.sel(moment="sd") / sd - 1) < 4 * error).all(), name
+    if options["engine"] == "svi":  # and not for lack of anything to mend
+        narrow = result.posterior["weights"].values.std((0, 1)) / covariance.diagonal().sqrt().numpy()
+        assert narrow.min() < 0.97
 
 
 def test_laplace_is_exact_on_a_gaussian() -> None:

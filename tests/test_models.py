@@ -122,14 +122,17 @@ def test_the_grid_gives_the_known_posterior_of_group_4() -> None:
 
 
 @pytest.mark.slow
-def test_nuts_agrees_with_quadrature() -> None:
+@pytest.mark.parametrize("engine", ["nuts", "chees"])
+def test_engines_agree_with_quadrature(engine: str) -> None:
     import arviz_stats
 
     arguments = bus_engine.load(group="4")
+    samples = {"nuts": 250, "chees": 50}[engine]
     posterior = pirl.fit(
         bus_engine.model,
         model_kwargs=arguments,
-        **{**bus_engine.defaults["nuts"], "num_samples": 250},
+        engine=engine,
+        **{**bus_engine.defaults[engine], "num_samples": samples},
         num_prior=0,
         num_posterior_predictive=0,
         progress=False,
@@ -187,6 +190,27 @@ def test_gridworld_finds_its_truth(reading: Any) -> None:
     away = truth - weights.mean(axis=0)
     assert away @ np.linalg.solve(np.cov(weights.T), away) < 16.3
     assert posterior.posterior_predictive["trajectories"].shape[2:] == (300, 7, 2)
+
+
+@pytest.mark.slow
+def test_chees_and_nuts_agree_on_a_gridworld() -> None:
+    """Two engines, one posterior, on a small grid; the full one is measured by the benchmarks."""
+    from arviz_stats.base import array_stats
+
+    arguments = gridworld.load(rows=4, cols=4, num_features=4, num_demos=20, horizon=8, seed=2)
+    options: dict[str, Any] = {"num_prior": 0, "num_posterior_predictive": 0, "progress": False, "seed": 4}
+    runs = [
+        {"engine": "chees", "num_warmup": 100, "num_samples": 150},
+        {"engine": "nuts", "num_chains": 2, "num_warmup": 300, "num_samples": 500, "full_mass": True},
+    ]
+    draws = [
+        pirl.fit(gridworld.model, model_kwargs=arguments, **run, **options).posterior["weights"].values for run in runs
+    ]
+    for k in range(4):
+        ours, theirs = (x[:, :, k] for x in draws)
+        for method, of in (("mean", np.mean), ("sd", np.std)):
+            error = np.hypot(array_stats.mcse(ours, method=method), array_stats.mcse(theirs, method=method))
+            assert abs(of(ours) - of(theirs)) < 4 * error, (k, method)
 
 
 def test_features_are_named_after_their_centres() -> None:

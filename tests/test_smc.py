@@ -87,7 +87,7 @@ def test_modes_keep_their_shares_and_the_evidence_is_right() -> None:
 
     numeric = quad(density, -20, 20, points=[-FAR, FAR], limit=400)[0]
     assert math.log(numeric) == pytest.approx(evidence, abs=1e-6)
-    result = fit(two_modes, engine="smc", num_chains=16, num_samples=1000, target_ess=0.9, seed=1, **FEW)
+    result = fit(two_modes, engine="smc", num_chains=16, num_samples=500, target_ess=0.9, seed=1, **FEW)
     right = (result.posterior["x"].values > 0).mean(1)
     assert 0.1 < share < 0.9
     # Populations are independent: their spread gives the standard error.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import oracle
 import pytest
@@ -318,6 +319,20 @@ def test_rescaled_products_equal_log_space(name: str, size: float, monkeypatch: 
     values = soft_values(reward, problem)
     torch.testing.assert_close(found[0], values, rtol=1e-13, atol=1e-12)
     torch.testing.assert_close(found[1], torch.autograd.grad(values.sum(), reward)[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name][0] == "trajectory" and "absorbing" not in name])
+def test_where_nothing_is_left_to_chance_the_trajectory_reading_is_linear(name: str) -> None:
+    """Unless chance stops an episode; at rewards of any size."""
+    _, problem = make(name, stochastic=False)
+    assert problem.linear == (problem.stop == 0) and not make(name)[1].linear
+    for size in (1.0, 100.0):
+        reward = (size * rewards(shift=-2.0)).clamp_max(-1.0).requires_grad_()
+        tilted = replace(problem, transitions=problem.transitions)  # a problem of its own, to be told otherwise
+        tilted.__dict__["linear"] = False
+        for mine, its in zip(derivatives(problem, reward[None]), derivatives(tilted, reward[None]), strict=True):
+            # Policies are exp of differences of numbers up to 2,000: good to 1e-12 of the largest.
+            torch.testing.assert_close(mine, its, rtol=0, atol=1e-10 * float(mine.detach().abs().max()))
 
 
 def test_steps_that_the_cotangent_does_not_reach_are_no_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,9 +131,9 @@ MDP = oracle.random_mdp(1, states=5, actions=2, discount=0.9)
 
 
 def weights(chains: int, seed: int = 0) -> Tensor:
-    """Weights of entries [nnz, chains]: random policies, with a discount of .5 in them."""
+    """Weights of entries [nnz, chains]: random policies, with a discount of .2 in them."""
     policy = normal(5, 2, chains, seed=seed).softmax(1)
-    return 0.5 * policy.flatten(0, 1)[MDP.transitions.row] * MDP.transitions.value.unsqueeze(-1)
+    return 0.2 * policy.flatten(0, 1)[MDP.transitions.row] * MDP.transitions.value.unsqueeze(-1)
 
 
 def systems(weight: Tensor) -> Tensor:

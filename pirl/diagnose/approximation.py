@@ -18,7 +18,7 @@ def approximation(facts: Facts) -> Iterator[Finding]:
         return
     name, k, size = facts.attrs["approximation"], facts.number("pareto_k"), facts.number("importance_ess")
     count = facts.chains * facts.count
-    exact = "engine='nuts', which is exact"
+    exact = "engine='chees', which is exact"
     if facts.attrs.get("guide") == "delta":
         yield Finding(
             "problem",

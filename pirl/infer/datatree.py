@@ -196,6 +196,8 @@ def describe(
         }
     if "posterior_predictive" in named:
         named["posterior_predictive"]["draw"] = (("draw",), used)
+    if "log_weight" in stats:
+        named["psis_moments"] = _weighed_moments(named["posterior"], _np(stats["log_weight"]))
     named["sample_stats"] = {name: (("chain", "draw"), _np(value)) for name, value in stats.items()}
     named["observed_data"] = {
         name: (_dims(site, site.value.ndim, dims.get(name)), _np(site.value))
@@ -203,6 +205,21 @@ def describe(
         if site.value is not None
     }
     return {group: values for group, values in named.items() if values}
+
+
+def _weighed_moments(posterior: Named, log_weight: np.ndarray) -> Named:
+    """Mean and sd of each variable by the importance weights of an approximation's draws, ``log_weight [chain, draw]``.
+
+    They are those of the posterior where k-hat is below 0.7, however wrong the approximation's own.
+    """
+    weight = np.exp(log_weight - np.logaddexp.reduce(log_weight, axis=None))
+    moments: Named = {"moment": (("moment",), np.array(["mean", "sd"]))}
+    for name, (dims, draws) in posterior.items():
+        shares = weight.reshape(weight.shape + (1,) * (draws.ndim - 2))
+        mean = (shares * draws).sum((0, 1))
+        variance = (shares * (draws - mean) ** 2).sum((0, 1))
+        moments[name] = (("moment", *dims[2:]), np.stack([mean, np.sqrt(variance)]))
+    return moments
 
 
 def _np(value: Tensor) -> np.ndarray:

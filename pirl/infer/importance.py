@@ -62,7 +62,7 @@ def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool
     if khat >= TRUSTED_K:
         warnings.warn(
             f"the approximation may miss part of the posterior: Pareto k-hat is {khat:.2f}, above {TRUSTED_K} "
-            f"(its {len(smooth)} draws count for {size:.0f}); use engine='nuts' (or, with svi, a richer guide)",
+            f"(its {len(smooth)} draws count for {size:.0f}); use engine='chees' (or, with svi, a richer guide)",
             ConvergenceWarning,
             3,
         )

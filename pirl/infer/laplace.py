@@ -97,7 +97,7 @@ def posterior_precision(potential: Potential, mode: Tensor) -> tuple[Tensor, Ten
         worst = names[int(vectors[:, 0].abs().argmax())]
         raise ModelError(
             f"the Hessian at the best mode is not positive definite (smallest eigenvalue {float(lowest[0]):.3g}, "
-            f"mostly along {worst}): there is no Gaussian approximation; use engine='nuts', a proper prior, "
+            f"mostly along {worst}): there is no Gaussian approximation; use engine='chees', a proper prior, "
             "or for a scale that can shrink to 0 the non-centred form w = mu + tau * z"
         )
     return lowest, torch.linalg.cholesky(precision)
@@ -118,8 +118,8 @@ def run(
     """Approximate the posterior by N(z*, H^-1) in unconstrained space, z* the best mode found, H the Hessian there.
 
     Draws are pushed through the bijections of the sites. Exact where the posterior is Gaussian in unconstrained
-    space; elsewhere ``attrs["pareto_k"]`` tells how far off it is, and ``sample_stats.log_weight`` corrects averages.
-    The group ``laplace`` keeps mode, covariance and gradient; ``attrs["log_evidence"]`` is
+    space; elsewhere ``attrs["pareto_k"]`` tells how far off it is, ``sample_stats.log_weight`` corrects averages, and
+    the group ``psis_moments`` has corrected means and sds. The group ``laplace`` keeps mode, covariance and gradient; ``attrs["log_evidence"]`` is
     log p(data) ~ -U(z*) + D/2 log 2 pi - 1/2 log det H.
 
     Args:

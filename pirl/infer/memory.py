@@ -72,5 +72,5 @@ def free_memory() -> int | None:
         return free
 
 
-def _in_words(count: float) -> str:
+def _in_words(count: int | float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -6,11 +6,13 @@ gathered chains, in their order, so that draws are the same bits for any number 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 
 import torch
 import torch.distributed as distributed
@@ -83,19 +85,23 @@ def _named() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` announces, or use one that exists; alone without either."""
+def join(device: torch.device) -> Ranks:
+    """Join the process group that ``torchrun`` announces, or use one that exists; alone without either.
+
+    It is left when the process ends: of two groups one after the other, the second may find the first's addresses.
+    """
     launched = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if not distributed.is_available() or not (launched or distributed.is_initialized()):
-        yield ALONE
-        return
-    begun = not distributed.is_initialized()
-    if begun:
+        return ALONE
+    if not distributed.is_initialized():
+        # Imported by recordings, and keeps every group that is there then: its threads would outlive the interpreter.
+        import_module("torch._dynamo")
         with _named():
             distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        if begun:
-            distributed.destroy_process_group()
+        atexit.register(_leave)
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -158,7 +158,8 @@ def run(
     """Fit a guide to the posterior by maximising the evidence lower bound, and draw from it.
 
     Exact where the posterior belongs to the guide's family in unconstrained space; elsewhere ``attrs["pareto_k"]``
-    tells how far off it is, and ``sample_stats.log_weight`` corrects averages. The group ``elbo`` keeps the history.
+    tells how far off it is, ``sample_stats.log_weight`` corrects averages, and the group ``psis_moments`` has corrected
+    means and sds. The group ``elbo`` keeps the history.
     Models with ``pyro.param`` or with plates that subsample go through Pyro's own ELBO.
 
     Args:

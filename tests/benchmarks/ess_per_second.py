@@ -30,7 +30,7 @@ from typing import Any
 
 PROBLEMS = ("gridworld", "states", "bus")
 PIRL, TORCH = ("chees", "nuts"), ("chees", "nuts", "pyro")
-LIMIT = 400  # seconds a process
+LIMIT = 900  # seconds a process
 GOOD_RHAT, GOOD_Z = 1.05, 5.0
 
 Setting = dict[str, Any]
@@ -39,20 +39,21 @@ Setting = dict[str, Any]
 def settings(problem: str, chains: list[int]) -> list[Setting]:
     """Who runs, and how: warm-up and draws long enough that compilation does not count for much."""
     sparse, other = {"gridworld": ("gather", "dense"), "states": ("gather", "newton"), "bus": ("newton", None)}[problem]
-    chees = {"gridworld": (300, 300), "states": (300, 200), "bus": (200, 300)}[problem]
-    nuts = {"gridworld": (300, 500), "states": (200, 100), "bus": (200, 1000)}[problem]
+    chees = {"gridworld": (200, 300), "states": (150, 75), "bus": (100, 200)}[problem]
+    blackjax = {"gridworld": (200, 300), "states": (200, 75), "bus": (150, 200)}[problem]
+    nuts = {"gridworld": (200, 500), "states": (100, 50), "bus": (200, 500)}[problem]
     naive = {"gridworld": (200, 200), "states": (100, 50), "bus": (200, 300)}[problem]
-    numpyro, wide = {"gridworld": (1000, 250), "states": (400, 100), "bus": (2000, 500)}[problem]
+    warmup, numpyro, wide = {"gridworld": (300, 1500, 250), "states": (250, 250, 40), "bus": (300, 2000, 250)}[problem]
 
     def setting(sampler: str, chains: int, warmup: int, draws: int, **options: Any) -> Setting:
         return {"sampler": sampler, "chains": chains, "warmup": warmup, "draws": draws, **options}
 
     def numpyro_nuts(method: str, chains: int, dense_mass: bool, form: str) -> Setting:
         draws = {4: numpyro, 16: wide, 64: wide // 2}[chains]
-        return setting("numpyro", chains, 300, draws, form=form, method=method, dense_mass=dense_mass)
+        return setting("numpyro", chains, warmup, draws, form=form, method=method, dense_mass=dense_mass)
 
     def blackjax_chees(diagonal: bool, form: str) -> Setting:
-        return setting("blackjax", 64, *chees, form=form, diagonal=diagonal)
+        return setting("blackjax", 64, *blackjax, form=form, diagonal=diagonal)
 
     found = [setting("chees", number, *chees) for number in chains]
     # Two threads do not help one chain, and spin.
