@@ -40,7 +40,14 @@ import typer
 from typer.core import TyperGroup
 
 from pirl.diagnose import print_diagnosis
-from pirl.errors import ConvergenceWarning, OptionError, PirlError, PosteriorFileError
+from pirl.errors import (
+    CheckpointWarning,
+    ConvergenceWarning,
+    InterruptedWarning,
+    OptionError,
+    PirlError,
+    PosteriorFileError,
+)
 from pirl.summary import print_summary
 
 if TYPE_CHECKING:
@@ -59,9 +66,7 @@ class _Commands(TyperGroup):
             status = super().main(*args, **{**kwargs, "standalone_mode": False})
         except PirlError as error:
             _complain(str(error))
-        except typer.Abort as error:  # Ctrl-C, with what there is to say about it
-            if error.__cause__ is not None and error.__cause__.args:
-                print(f"pirl: {error.__cause__}", file=sys.stderr)
+        except typer.Abort:
             sys.exit(INTERRUPTED)
         except Exception as error:
             # What typer raises for words that it does not understand; it may carry its own copy of click.
@@ -134,8 +139,12 @@ def fit_command(
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup,
         "device": _device(device), "seed": seed, "progress": progress, "checkpoint": checkpoint,
     }  # fmt: skip
-    with _short_warnings():
-        posterior = file.fit(options, {name: value for name, value in arguments.items() if value is not None})
+    try:
+        with _short_warnings():
+            posterior = file.fit(options, {name: value for name, value in arguments.items() if value is not None})
+    except KeyboardInterrupt as interrupt:
+        print(f"pirl: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     if posterior is None:  # the process of another rank has it
         return
     if out is not None:
@@ -180,14 +189,15 @@ def _short_warnings() -> Iterator[None]:
     """Print each warning once, as one line, when it comes."""
     told: set[str] = set()
 
-    def show(message: Warning | str, *where: Any) -> None:
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
         line = " ".join(str(message).split())
         if line not in told:
             told.add(line)
             print(f"warning: {line}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", ConvergenceWarning)
+        for kind in (CheckpointWarning, ConvergenceWarning, InterruptedWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show  # put back by catch_warnings
         yield
 

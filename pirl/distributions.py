@@ -125,8 +125,8 @@ class TabularTrajectory(TorchDistribution):
         counts = self._statistics(value)
         layout = counts.layout
         reward, values = layout.inputs(self.reward, 2), self.values
-        result = counts.const.sum() * reward.shape[1] + (counts.total_visits @ reward).sum()
-        result = result + (counts.total_values @ layout.inputs(values, self._value_dims)).sum()
+        result = counts.const.sum() * reward.shape[1] + counts.total_visits.apply(reward).sum()
+        result = result + counts.total_values.apply(layout.inputs(values, self._value_dims)).sum()
         if self.reading == "trajectory":
             result = result + (counts.total_partitions @ self._log_partitions(values, counts)).sum()
             result = result + sum(term.sum() for _, term in self._open_ends(values, counts))

@@ -125,17 +125,17 @@ class Statistics:
         return _sparse(episode, place, weight, (len(self.const), self.layout.num_rows * self.num_values))
 
     @cached_property
-    def total_visits(self) -> Float[Tensor, " inputs"]:
+    def total_visits(self) -> SparseMap:
         """Column sums of :attr:`visits`."""
-        return self.const.new_zeros(self.visits.shape[1]).index_add(0, self.visits.column, self.visits.value)
+        return _row(self.const.new_zeros(self.visits.shape[1]).index_add(0, self.visits.column, self.visits.value))
 
     @cached_property
-    def total_values(self) -> Float[Tensor, " inputs"]:
+    def total_values(self) -> SparseMap:
         """Column sums of :attr:`values`, without its entries: memory O(T S), not O(N T S)."""
         total = self.const.new_zeros(self.layout.num_rows * self.num_values)
         for _, place, weight in (self.value_entries, *self._expanded()):
             total.index_add_(0, place, weight)
-        return total
+        return _row(total)
 
     @cached_property
     def total_partitions(self) -> Float[Tensor, " inputs"]:
@@ -348,3 +348,9 @@ def known_horizon(own: Tensor | None, horizon: int | None) -> int | None:
             "some episodes have their own horizon and the others none: give horizons for all, or an MDP with a horizon"
         )
     return max(int(own.max()), -1 if horizon is None else horizon)
+
+
+def _row(total: Tensor) -> SparseMap:
+    """A sum of weighed inputs as a map with one output: under vmap ``vector @ matrix`` would be an outer product."""
+    column = total.nonzero().flatten()
+    return SparseMap(torch.zeros_like(column), column, total[column], (1, len(total)))

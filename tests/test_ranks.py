@@ -177,7 +177,7 @@ def test_a_terminated_run_goes_on_with_other_ranks(name: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
-    """A terminal sends it to all processes, and torchrun once more to its own."""
+    """A terminal sends it to torchrun, which passes it on to its processes."""
     launched = Torchrun(2, runs=["five blocks"], folder=tmp_path, pauses=33)
     launched.until(33)
     time.sleep(0.2)

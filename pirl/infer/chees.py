@@ -21,7 +21,7 @@ from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, Population
 from pirl.infer.potential import Potential
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, check_moves, part, sample
-from pirl.infer.start import find_start, find_starts
+from pirl.infer.start import find_probes, find_starts
 
 FIRST_LEAPFROGS = 8
 """Leapfrog steps of a transition in the first window; twice as many in the next."""
@@ -133,7 +133,8 @@ def run(
     jittered by a Halton sequence. Chains are evaluated in blocks, in as many threads as torch may use.
 
     Args:
-        num_chains: the more, the better they learn and the busier a device is.
+        num_chains: the more, the better they learn and the busier a device is; with fewer than about 16, nuts learns
+            more.
         init: where chains start, see :func:`~pirl.infer.start.find_starts`.
         num_superchains: groups of consecutive chains that share one start, for nested R-hat (Margossian et al. 2024);
             None: each chain has its own.
@@ -159,8 +160,7 @@ def run(
     dense = potential.size <= MOST_DENSE if dense_mass is None else dense_mass
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)
-        probes = torch.stack([potential.flatten(find_start(potential, _probe(init))) for _ in range(2)])
-        target = BatchedPotential(potential, probes, width, record=record, loop=loop)
+        target = BatchedPotential(potential, find_probes(potential, init, groups), width, record=record, loop=loop)
         ensemble = Ensemble(target, num_chains, ranks)
         with ensemble.at_work(device):
             starts, metric = find_starts(potential, target, init, groups, seed)
@@ -205,11 +205,6 @@ def _behind(energy: Tensor) -> Tensor:
     """Chains that are still far from where most are: their distance is not the posterior's width."""
     low, middle, high = energy.quantile(torch.tensor([0.25, 0.5, 0.75]).to(energy))
     return energy > middle + 10 * (high - low)
-
-
-def _probe(init: str | Mapping[str, Tensor]) -> str:
-    """Where the model is tried out before the starts are known."""
-    return "prior" if init == "prior" else "uniform"
 
 
 def _divisor(count: int) -> int:

@@ -252,7 +252,7 @@ def check_names(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]]
             for dim, size in zip(dims, array.shape, strict=True):
                 if dim is None or dim in ("chain", "draw"):
                     continue
-                if dim in variables:
+                if dim in variables and variables[dim][0] != (dim,):
                     raise ModelError(f"{dim!r} names a dim (or a plate) and a site: rename one of them")
                 if own.setdefault(dim, size) != size:
                     raise ModelError(f"dim {dim!r} of {name!r} has size {size}, but {own[dim]} in another variable")

@@ -122,6 +122,14 @@ def find_starts(
     )
 
 
+def find_probes(potential: Potential, init: str | Mapping[str, Tensor], count: int) -> Tensor:
+    """Two points ``[2, D]`` at which a batched evaluation is tried out before :func:`find_starts` needs it."""
+    if not isinstance(init, str):
+        return _given(potential, init, count)[[0, -1]]
+    where = "prior" if init == "prior" else "uniform"
+    return torch.stack([potential.flatten(find_start(potential, where)) for _ in range(2)])
+
+
 def _is_finite(target: BatchedPotential, points: Tensor) -> Tensor:
     energy, gradient, _ = target(points)
     return energy.isfinite() & gradient.isfinite().all(-1)

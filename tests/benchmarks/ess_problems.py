@@ -24,7 +24,7 @@ from pirl.datasets import simulate
 from pirl.infer.potential import Potential
 
 GOAL, REWARD_SD = 10.0, 10.0
-_NEWTON_STEPS = 12  # of the naive form, which cannot look whether it has converged: 3 more than any start needed
+_NEWTON_STEPS = 12  # of the naive form, which does not look whether it has converged: as many as any reward needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,15 +194,16 @@ def jax_log_density(problem: Problem, form: str) -> Callable[[Any], Any]:
             best, log_policy = backup(base, value)
             change = best - value
             rounding = 64 * jnp.finfo(best).eps * (jnp.maximum(jnp.abs(value).max(), largest) + 1)
-            met = jnp.abs(change).max() <= rounding
+            met = ~(jnp.abs(change).max() > rounding)  # NaN will not become better
             if form == "newton":
                 best = jnp.where(met, best, value + jnp.linalg.solve(system(log_policy), change))
             return best, met, steps + 1
 
         def going(state: tuple[Any, Any, Any]) -> Any:
-            return ~state[1] & (state[2] < 100_000)
+            return ~state[1] & (state[2] < (100 if form == "newton" else 10_000))
 
-        return jax.lax.while_loop(going, improve, (jnp.zeros(len(dense)), False, 0))[0]
+        value, met, _ = jax.lax.while_loop(going, improve, (jnp.zeros(len(dense)), False, 0))
+        return jnp.where(met, value, jnp.nan)
 
     def forward(base: Any) -> tuple[Any, Any]:
         value = fixed_point(base)
