@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -37,8 +38,8 @@ def surroundings() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def target(width: int, **options: Any) -> BatchedPotential:
-    x = torch.randn(20, SIZE, generator=torch.Generator().manual_seed(1))
+def target(width: int, rows: int = 20, **options: Any) -> BatchedPotential:
+    x = torch.randn(rows, SIZE, generator=torch.Generator().manual_seed(1))
     return BatchedPotential(Potential(model, (x, x.sum(1))), torch.randn(2, SIZE), width, **options)
 
 
@@ -114,6 +115,20 @@ def test_draws_do_not_depend_on_the_number_of_threads(threads: None) -> None:
         torch.set_num_threads(count)
         for ours, theirs in zip(moved(ensemble(11, 4)), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_products_that_torch_would_split_do_not_either(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of 32 chains with 5 weights and 20,000 rows: gradients differ where two threads share them."""
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", 5)
+    group = ensemble(32, 32, rows=20_000)
+    z, temperature = positions(32)
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with group.at_work(CPU):
+            found.append(group.evaluate(z, temperature))
+    assert torch.equal(found[0].energy, found[1].energy)
+    assert torch.equal(found[0].gradient, found[1].gradient)
 
 
 def test_blocks_go_to_several_threads_of_one_each(threads: None) -> None:

@@ -1,7 +1,8 @@
 """Many chains in fixed blocks: over the threads of this process, and over the processes of a run.
 
 A block has the same chains and the same shapes wherever it is evaluated, since a product of another width rounds
-differently: draws depend neither on the number of threads nor on the number of ranks.
+differently; and on a CPU one thread, since two sum in another order. Draws depend neither on the number of threads nor
+on the number of ranks. (Models that cannot be recorded are evaluated by all of torch's threads, which must be as many.)
 """
 
 from __future__ import annotations
@@ -50,12 +51,15 @@ class Ensemble:
     def at_work(self, device: torch.device) -> Iterator[None]:
         """Evaluate blocks in as many threads as torch may use, each with one of its own."""
         threads = torch.get_num_threads()
-        workers = min(threads, len(self._own)) if device.type == "cpu" and self.target.recorded else 1
-        if workers < 2:
+        if device.type != "cpu" or not self.target.recorded:
             yield
             return
-        torch.set_num_threads(1)
+        workers = min(threads, len(self._own))
+        torch.set_num_threads(1)  # for one block, too
         try:
+            if workers < 2:
+                yield
+                return
             with ThreadPoolExecutor(workers) as self._pool:
                 yield
         finally:

@@ -174,7 +174,7 @@ def in_a_process(job: Setting, processors: int | None = None, threads: int | Non
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.ess_per_second", "--job", json.dumps(job)]
     if processors:  # JAX follows the affinity of its process, and nothing else
         command = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:processors])), *command]
-    limited = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    limited = {"OPENBLAS_NUM_THREADS": "1"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     try:
         done = subprocess.run(command, env={**os.environ, **limited}, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
