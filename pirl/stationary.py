@@ -64,8 +64,6 @@ def _newton(base: Tensor, values: Tensor, problem: SoftProblem, sweeps: int) -> 
     transitions, largest = problem.transitions, _largest(base)
     result = torch.full_like(values, torch.nan)
     waiting = torch.ones_like(largest, dtype=torch.bool)
-    # For few chains a sweep is all overhead, and a factorisation costs no more.
-    sweeps = min(sweeps, base.shape[2])
     for _ in range(_MAX_NEWTON):
         update = torch.logsumexp(backup(base, values, problem), 1)
         residual = (update - values).abs().amax(0)
