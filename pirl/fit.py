@@ -83,8 +83,9 @@ def fit(
             directly, where it is none of the above.
         options: options of the engine.
 
-    Ctrl-C ends sampling and returns the draws so far. Under ``torchrun`` the chains are split over the processes; the
-    draws are the same, and only the process of rank 0 gets them: the others get None.
+    Ctrl-C ends sampling and returns the draws so far (of smc there are none before its end). Under ``torchrun`` the
+    chains are split over the processes; the draws are the same, and only the process of rank 0 gets them: the others
+    get None.
 
     Raises:
         OptionError: an unknown engine or option, or labels that do not fit.
@@ -111,7 +112,7 @@ def fit(
     if thin > 1 and not samples:
         raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
     if checkpoint is not None and not samples:
-        raise OptionError(f"engine {engine!r} saves no checkpoints: leave checkpoint out, or use 'chees' or 'nuts'")
+        raise OptionError(f"engine {engine!r} saves no checkpoints: leave it out, or use 'chees', 'nuts' or 'smc'")
     everything = [*args, *kwargs.values()]
     moving = device is not None or dtype is not None
     dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
@@ -221,6 +222,9 @@ def _surroundings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if device != torch.empty(0).device:
             stack.enter_context(device)  # only where needed: it slows every call into torch
+        if device.type == "cuda":
+            torch.cuda.init()
+            stack.enter_context(torch.cuda.device(device))  # whose generator is seeded and restored
         stack.enter_context(own_generator())
         stack.enter_context(pyro.get_param_store().scope())
         yield

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+from pirl.fit import fit
 from pirl.infer import Potential
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.ensemble import CPU_WIDTH, GPU_WIDTH, Ensemble, default_width
@@ -217,3 +219,26 @@ def test_ranks_share_whole_blocks(size: int) -> None:
     assert {len(block) for block in rows} == {4, 3}
     for group in groups:
         assert group._counts == [sum(len(range(11)[b]) for b in other._own) for other in groups]
+
+
+def test_factorisations_that_fail_in_two_threads_leave_pyro_whole() -> None:
+    """A recorded Cholesky raises for a chain; the model's Python then runs, one thread at a time, from the prior on."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        off = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=x.dtype)
+        root = torch.linalg.cholesky(torch.eye(2, dtype=x.dtype) + x[0] * off)
+        pyro.sample("y", dist.MultivariateNormal(x, scale_tril=root), obs=torch.zeros(2, dtype=x.dtype))
+
+    before = torch.get_num_threads()
+    draws = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            options = {"num_chains": 16, "chains_per_block": 4, "num_warmup": 10, "num_samples": 5, "seed": 2}
+            result = fit(model, engine="chees", progress=False, num_prior=0, num_posterior_predictive=0, **options)
+        finally:
+            torch.set_num_threads(before)
+        draws.append(result.posterior["x"].values)
+    assert np.isfinite(draws[0]).all() and np.abs(draws[0][..., 0]).max() < 1
+    np.testing.assert_array_equal(*draws)

@@ -168,3 +168,19 @@ def test_bayes_factors_compare_reward_models() -> None:
 def test_targets_are_shares(share: float) -> None:
     with pytest.raises(errors.OptionError, match="target_ess"):
         fit(two_modes, engine="smc", target_ess=share, **FEW)
+
+
+def test_points_where_the_model_gives_up_get_no_posterior() -> None:
+    """A law that raises for x < 0, chain by chain: evidence and draws are those of the other half."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if float(x.detach()) < 0:
+            raise errors.DivergenceError("no law")
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.0))
+
+    options: dict[str, Any] = {"num_samples": 100, "target_ess": 0.5, "seed": 1, "loop": True}
+    result = fit(model, engine="smc", **options, **FEW)
+    assert result.posterior["x"].values.min() >= 0
+    truth = math.log(stats.norm.pdf(0, 0, math.sqrt(2)) / 2)
+    assert abs(result.attrs["log_evidence"] - truth) < 4 * math.sqrt(2 / 400)

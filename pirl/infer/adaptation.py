@@ -80,6 +80,8 @@ class StepSize(_Saved):
     @property
     def average(self) -> float:
         """The size to keep: the geometric mean of those since the restart, later ones weighing more."""
+        if self.apart:  # no common size was ever sought
+            return float(self.sizes.median())
         return math.exp(self.total / self.weight) if self.weight else self.current
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -56,16 +57,18 @@ class BatchedPotential:
         loop: bool = False,
     ) -> None:
         self.potential, self.width, self.loop = potential, width, loop
+        self._python = threading.Lock()  # Pyro runs one model at a time
         self._mapped = torch.func.vmap(self._one)
         self._graph: Callable[..., Any] | None = None
         if loop:
             return
-        points = probes[torch.arange(width, device=probes.device) % 2]
+        order = torch.arange(width, device=probes.device) % 2
+        points, others = probes[order], probes.flip(0)[order]
         heat = torch.ones(width, dtype=probes.dtype, device=probes.device)
         self._check(points, heat)
         if record:
             mapped = lambda x, b: self._mapped(x, b)  # noqa: E731 - the recorder counts arguments, and self as one
-            self._graph = record_function(mapped, (points, heat), (points.flip(0), 0.5 * heat))
+            self._graph = record_function(mapped, (points, heat), (others, 0.5 * heat))
 
     @property
     def recorded(self) -> bool:
@@ -97,7 +100,8 @@ class BatchedPotential:
         try:
             return self._each(vectors, heat) if self.loop else (self._graph or self._mapped)(vectors, heat)
         except NO_DENSITY:  # of one chain, but all were evaluated together
-            return self._each(vectors, heat)
+            with self._python:
+                return self._each(vectors, heat)
 
     def _each(self, vectors: Tensor, heat: Tensor) -> Any:
         rows = []
@@ -110,9 +114,8 @@ class BatchedPotential:
                     (slope,) = torch.autograd.grad(value, leaf)
                     rows.append((value.detach(), slope, torch.as_tensor(log_likelihood).detach()))
                 except NO_DENSITY:
-                    rows.append(
-                        (vector.new_tensor(torch.nan), torch.full_like(vector, torch.nan), vector.new_zeros(()))
-                    )
+                    nan = torch.full_like(vector, torch.nan)
+                    rows.append((nan.sum(), nan, nan.sum()))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
     def _check(self, points: Tensor, heat: Tensor) -> None:

@@ -17,7 +17,7 @@ from pirl.infer.checkpoint import Checkpoint
 from pirl.infer.engine import TRIALS, Draws, own_generator, reseed
 from pirl.infer.ensemble import Ensemble, default_width
 from pirl.infer.hmc import Metric
-from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, Population
+from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, Population, check_options
 from pirl.infer.potential import Potential
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, check_moves, part, sample
@@ -65,6 +65,8 @@ class Chees(Population):
 
     def _most_steps(self, step: int) -> int:
         """While the scale of the posterior is not known, long trajectories are a waste."""
+        if step >= self.num_warmup:
+            return self.max_leapfrogs
         windows = sum(end <= step for end in self.windows)
         return min(self.max_leapfrogs, FIRST_LEAPFROGS * 2**windows) if windows < 3 else self.max_leapfrogs
 
@@ -127,7 +129,7 @@ def run(
 ) -> Draws:
     """Sample with ChEES-HMC (Hoffman, Radul and Sountsov 2021): many chains, which learn from each other.
 
-    During warm-up all chains together find the step size (dual averaging on the harmonic mean of their acceptances),
+    During warm-up all chains together find the step size (stochastic approximation of their recent acceptance),
     the covariance of the posterior (in growing windows) and the trajectory length (ascent of the ChEES criterion in
     whitened units); then everything stays. Each transition follows the same number of leapfrog steps in all chains,
     jittered by a Halton sequence. Chains are evaluated in blocks, in as many threads as torch may use.
@@ -142,16 +144,21 @@ def run(
         max_leapfrogs: at most so many gradients a transition.
         dense_mass: learn correlations too; None: with up to 300 parameters.
         trajectory_length: in units of posterior standard deviations, instead of learning it.
-        chains_per_block: width of a block, 32 or on a GPU 1024 by default; draws depend on it by rounding only.
+        chains_per_block: width of a block, 64 or on a GPU 1024 by default; draws depend on it by rounding only.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
         loop: evaluate chains one by one: for models that do not vmap, many times slower.
 
     Raises:
         ModelError: the model does not vmap; says what to change.
         NonFiniteError: no start with a finite log density and gradient.
-        OptionError: superchains of unequal size.
+        OptionError: superchains of unequal size, or an option out of range.
         StuckChainsError: no chain accepted a proposal after warm-up.
     """
+    check_options(target_accept_prob, max_leapfrogs, chains_per_block)
+    if trajectory_length is not None and not trajectory_length > 0:
+        raise OptionError(f"trajectory_length is {trajectory_length}, but must be above 0")
+    if num_superchains is not None and num_superchains < 1:
+        raise OptionError(f"num_superchains is {num_superchains}, but must be at least 1")
     groups = num_superchains or num_chains
     if num_chains % groups:
         raise OptionError(f"num_superchains={groups} must divide num_chains={num_chains}: try {_divisor(num_chains)}")
@@ -195,7 +202,7 @@ def run(
             "dense_mass": str(dense),
             "chains_per_block": width,
             "recorded": str(target.recorded),
-            "num_superchains": groups,
+            **({"num_superchains": groups} if groups < num_chains else {}),
             "interrupted": str(sampled.interrupted),
         },
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError
-from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, own_generator, reseed
+from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, one_thread, own_generator, reseed
 from pirl.infer.potential import NO_DENSITY, Potential, Site, Values
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _stack_over_draws(
     function: Callable[[Values], Any], draws: Values, count: int, random: bool, start: Callable[[], None]
 ) -> dict[str, Values]:
     """Map a function of one draw over ``count`` draws: by vmap in blocks where the model allows, else one by one."""
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), one_thread(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         index = torch.arange(count)
         mapped = torch.func.vmap(
@@ -102,7 +102,8 @@ def replay_draws(potential: Potential, draws: Draws, log_likelihood: bool = True
         return groups if log_likelihood else {**groups, "log_likelihood": {}}
 
     chains, count = next(iter(draws.values.values())).shape[:2]
-    flat = {name: value.flatten(0, 1) for name, value in draws.values.items()}
+    here = torch.empty(0).device  # samplers keep draws in the memory of the host
+    flat = {name: value.flatten(0, 1).to(here) for name, value in draws.values.items()}
     groups = _stack_over_draws(replay, flat, chains * count, random=False, start=lambda: None)
     return {
         group: {name: value.unflatten(0, (chains, count)) for name, value in values.items()}
@@ -214,8 +215,9 @@ def _weighed_moments(posterior: Named, log_weight: np.ndarray) -> Named:
     """
     weight = np.exp(log_weight - np.logaddexp.reduce(log_weight, axis=None))
     moments: Named = {"moment": (("moment",), np.array(["mean", "sd"]))}
-    for name, (dims, draws) in posterior.items():
-        shares = weight.reshape(weight.shape + (1,) * (draws.ndim - 2))
+    for name, (dims, values) in posterior.items():
+        shares = weight.reshape(weight.shape + (1,) * (values.ndim - 2))
+        draws = np.where(shares > 0, values, 0).astype(float)  # a draw without weight may be NaN
         mean = (shares * draws).sum((0, 1))
         variance = (shares * (draws - mean) ** 2).sum((0, 1))
         moments[name] = (("moment", *dims[2:]), np.stack([mean, np.sqrt(variance)]))

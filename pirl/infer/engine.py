@@ -88,6 +88,17 @@ def own_generator() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: on operations as small as these, more of them wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
     """Yield ``update(done, note)``; draws a bar on a terminal, and does nothing anywhere else."""
 

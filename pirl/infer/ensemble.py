@@ -20,7 +20,7 @@ from pirl.infer.batched import BatchedPotential
 from pirl.infer.hmc import Metric, Phase, Transition, transition
 from pirl.infer.ranks import Ranks
 
-CPU_WIDTH, GPU_WIDTH = 32, 1024
+CPU_WIDTH, GPU_WIDTH = 64, 1024
 """Chains of a block: enough to be efficient, few enough to stay in the cache of a core and to be shared by ranks."""
 
 

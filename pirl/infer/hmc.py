@@ -106,6 +106,7 @@ def transition(
     before = phase.energy + 0.5 * momentum.square().sum(-1)
     after = end.energy + 0.5 * velocity.square().sum(-1)
     growth = torch.where(after.isfinite() & end.gradient.isfinite().all(-1), after - before, torch.inf)
+    growth = growth.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     moves = log_uniform < -growth
     chosen = Phase(
         torch.where(moves[:, None], end.z, phase.z),

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pirl.errors import OptionError
 from pirl.infer.adaptation import StepSize, TrajectoryLength, criterion_slope, halton
 from pirl.infer.engine import MOMENTA, random_numbers
 from pirl.infer.ensemble import Ensemble
@@ -105,3 +106,16 @@ class Population(Sampler):
         self.length.load_state_dict(part(state, "length"))
         self.phase = Phase(**{name: value.to(device) for name, value in part(state, "phase").items()})
         self.metric = Metric(state["metric"].to(device))
+
+
+def check_options(target_accept_prob: float, max_leapfrogs: int, chains_per_block: int | None) -> None:
+    """Refuse what no population can be moved with.
+
+    Raises:
+        OptionError: an option is out of its range.
+    """
+    if not 0 < target_accept_prob < 1:
+        raise OptionError(f"target_accept_prob is {target_accept_prob}, but must be between 0 and 1")
+    for name, value in (("max_leapfrogs", max_leapfrogs), ("chains_per_block", chains_per_block)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is {value}, but must be at least 1")

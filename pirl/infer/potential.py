@@ -246,8 +246,13 @@ class Potential:
 
     def prior_draw(self) -> Values:
         """Draw all latent sites from the prior, in unconstrained space."""
-        trace = pyro.poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-        nodes = {name: trace.nodes[name] for name in self.latent}
+        tracer = pyro.poutine.trace(self.model)
+        try:
+            tracer.get_trace(*self.args, **self.kwargs)
+        except NO_DENSITY:  # the prior has been drawn all the same; only the likelihood does not exist there
+            if not self.latent.keys() <= tracer.trace.nodes.keys():
+                raise
+        nodes = {name: tracer.trace.nodes[name] for name in self.latent}
         return {name: bijection(node["fn"]).inv(node["value"]).detach() for name, node in nodes.items()}
 
     def flat_prior_draws(self, count: int) -> Tensor:

@@ -69,6 +69,10 @@ class Ranks:
             distributed.all_reduce(raised, distributed.ReduceOp.MAX)
         return tuple(bool(flag) for flag in raised.tolist())
 
+    def all(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether every rank raised it."""
+        return tuple(not flag for flag in self.any(*(not flag for flag in flags)))
+
 
 ALONE = Ranks()
 """A run in one process."""

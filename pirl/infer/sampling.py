@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import CheckpointError, CheckpointWarning, ConvergenceWarning, InterruptedWarning, StuckChainsError
+from pirl.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ConvergenceWarning,
+    InterruptedWarning,
+    RankError,
+    StuckChainsError,
+)
 from pirl.infer.checkpoint import Arrays, Checkpoint
 from pirl.infer.potential import Potential
 from pirl.infer.progress import LiveView
@@ -95,6 +102,8 @@ def sample(
     """
     store = _Store(-(-num_samples // thin))
     begin = _resume(sampler, store, checkpoint)
+    if ranks.any(begin > 0) != ranks.all(begin > 0):
+        raise RankError("the processes read different checkpoints: put the file on a disk that all of them share")
     total, step = num_warmup + num_samples, begin
     scale = total if num_samples else 100
     asked, leave = _Asked(), False
@@ -276,8 +285,9 @@ def check_moves(potential: Potential, sampled: Sampled) -> None:
     if draws.shape[1] < 2:
         return
     stuck = (draws[:, 1:] == draws[:, :1]).all(-1).all(-1)
-    if bool(stuck.all()):
-        where = potential.culprit({name: value[0] for name, value in potential.unflatten(draws[:, -1]).items()})
+    if bool(stuck.all()) and stuck.numel() * (draws.shape[1] - 1) >= 8:
+        point = draws[0, -1].to(torch.empty(0).device)
+        where = potential.culprit(potential.unflatten(point))
         raise StuckChainsError(f"no chain accepted a proposal after warm-up: {where}")
     if bool(stuck.any()) and draws.shape[1] >= FEWEST_TO_JUDGE:
         names = stuck.nonzero()[:, 0].tolist()

@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, NonFiniteError, OptionError
+from pirl.errors import ConvergenceError, ConvergenceWarning, NonFiniteError, OptionError
 from pirl.infer.adaptation import Covariance
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.checkpoint import Checkpoint
 from pirl.infer.engine import RESAMPLING, Draws, own_generator, random_numbers, reseed
 from pirl.infer.ensemble import Ensemble, default_width
 from pirl.infer.hmc import Metric
-from pirl.infer.population import MOST_DENSE, Population
+from pirl.infer.population import MOST_DENSE, Population, check_options
 from pirl.infer.potential import Potential
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, sample
@@ -97,11 +97,14 @@ class SMC(Population):
         """Correlation of where particles are with where they began at this temperature: the largest coordinate's."""
         now, begun = (self.metric.whiten(z) for z in (self.phase.z, self.origin))
         now, begun = now - now.mean(0), begun - begun.mean(0)
-        return float(((now * begun).mean(0) / (now.square().mean(0) * begun.square().mean(0)).sqrt()).max())
+        correlation = (now * begun).mean(0) / (now.square().mean(0) * begun.square().mean(0)).sqrt()
+        return float(correlation.abs().max())
 
     def _heat(self, step: int) -> None:
         """Raise the temperature as far as the weights allow; weigh, resample, and learn the population's covariance."""
-        log_likelihood = self.phase.log_likelihood.reshape(self.num_islands, -1).nan_to_num(nan=-torch.inf)
+        likelihood, energy = self.phase.log_likelihood, self.phase.energy
+        likelihood = torch.where(energy.isfinite() & likelihood.isfinite(), likelihood, -torch.inf)
+        log_likelihood = likelihood.reshape(self.num_islands, -1)
         if not bool(log_likelihood.isfinite().any(1).all()):
             raise NonFiniteError("no draw from the prior has a likelihood: is the prior far from the data?")
         higher = next_temperature(log_likelihood, self.temperature, self.target_ess)
@@ -205,7 +208,7 @@ def run(
     Args:
         num_chains: independent populations.
         num_warmup: ignored.
-        num_samples: particles of each population.
+        num_samples: particles of each population; ``thin`` leaves some of them out at the end.
         target_ess: share of the particles that the weights of a step must be worth; larger is slower and more exact.
         target_accept_prob: acceptance that the step size aims at.
         max_leapfrogs: at most so many gradients a move.
@@ -220,6 +223,7 @@ def run(
     """
     if not 0 < target_ess < 1:
         raise OptionError(f"target_ess is {target_ess}, but must be a share between 0 and 1")
+    check_options(target_accept_prob, max_leapfrogs, chains_per_block)
     count = num_chains * num_samples
     device = torch.empty(0).device
     width = min(chains_per_block or (WIDTH if device.type == "cpu" else default_width(count, device)), count)
@@ -250,6 +254,10 @@ def run(
                 checkpoint=checkpoint,
                 ranks=ranks,
             )
+    if not sampler.finished:
+        raise ConvergenceError(
+            f"{MOST_MOVES} moves reached only temperature {sampler.temperature:.3g}: lower target_ess"
+        )
     evidence = sampler.log_evidence
     islands = num_chains
     combined = float(torch.logsumexp(evidence, 0) - math.log(islands))
