@@ -48,9 +48,10 @@ dims = {"months": ("bus", "state"), "replaced": ("bus", "state")}
 labels = {"RC": "replacement cost RC (utility)", "theta11": "running cost theta11 (.001 utility per 5,000 miles)"}
 
 # The two costs are nearly proportional (correlation .92), which a dense mass matrix takes away. What is left is almost
-# Gaussian, and few long steps explore it better than many short ones.
+# Gaussian, and few long steps explore it better than many short ones. A prior draw beside a bound is far out in
+# unconstrained space, where the density is flat: a chain that starts there is long on its way.
 defaults = {
-    "chees": {"num_chains": 32, "num_warmup": 100, "num_samples": 150},
+    "chees": {"init": "uniform", "num_chains": 32, "num_warmup": 100, "num_samples": 150},
     "nuts": {"num_warmup": 200, "num_samples": 500, "full_mass": True, "target_accept_prob": 0.65},
 }
 
