@@ -23,11 +23,12 @@ from pirl.envs import gridworld, gridworld_features
 LAWS = {"causal": pirl.MaxCausalEntTrajectory, "trajectory": pirl.MaxEntTrajectory}
 PRIOR_SD = 2.0
 
-# Weights of overlapping features are correlated.
+# Weights of overlapping features are correlated. Beyond some weights demonstrators would go elsewhere: the posterior
+# falls off there within a leapfrog step of the usual size, and transitions diverge.
 defaults = {
     "num_posterior_predictive": 100,
     "num_prior": 100,
-    "chees": {"num_warmup": 100, "num_samples": 250},
+    "chees": {"num_warmup": 100, "num_samples": 250, "target_accept_prob": 0.9},
     "nuts": {"num_warmup": 300, "num_samples": 500, "full_mass": True},
 }
 dims = {"features": ("state", "feature")}

@@ -108,6 +108,10 @@ class RankError(PirlError, RuntimeError):
     """Another process of a run over several devices has ended or does not answer."""
 
 
+class RankWarning(UserWarning):
+    """Some processes of a run have nothing to do."""
+
+
 class CheckpointError(PirlError, ValueError):
     """A checkpoint is damaged, belongs to another run, or cannot be written."""
 

@@ -275,6 +275,19 @@ def test_corrected_approximations_match_exact_posteriors(engine: str) -> None:
         assert abs(skewness - law.stats(moments="s")) < 4 * math.sqrt(15 / size), name
 
 
+def test_a_draw_without_density_weighs_nothing() -> None:
+    """Also where a branch on its value, which does not vmap, raises."""
+    from pirl.infer.importance import log_density
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+        if float(x) > 1:
+            raise errors.DivergenceError("infinite")
+
+    found = log_density(Potential(model), torch.tensor([[-0.5], [2.0]], dtype=F64))
+    assert found.tolist() == pytest.approx([stats.norm.logpdf(-0.5), -math.inf])
+
+
 @pytest.mark.parametrize("options", [{"engine": "laplace"}, {"engine": "svi", "guide": "normal"}])
 def test_weighed_moments_are_those_of_the_posterior(options: dict[str, Any]) -> None:
     """A mean-field guide has too small sds, a Gaussian the wrong mean: the weights mend both, and k-hat vouches."""

@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pirl import errors
 from pirl.fit import fit
 from pirl.infer import Potential
 from pirl.infer.batched import BatchedPotential
@@ -79,6 +80,12 @@ def test_blocks_are_evaluated_each_by_itself() -> None:
         alone = Phase.at(z[rows], temperature[rows], group.target)
         for name, value in vars(alone).items():
             assert torch.equal(getattr(phase, name)[rows], value), name
+
+
+def test_ranks_without_a_block_are_told_of() -> None:
+    with pytest.warns(errors.RankWarning, match="1 of 3 ranks .* set chains_per_block to 4"):
+        ensemble(11, 8, Ranks(0, 3))
+    assert len(ensemble(11, 4, Ranks(0, 3))._own) == 1
 
 
 def test_chains_one_by_one_agree_to_rounding() -> None:

@@ -50,6 +50,7 @@ def test_one_process_is_alone() -> None:
     assert ALONE.leads and (ALONE.rank, ALONE.size) == (0, 1)
     assert ALONE.gather(rows, [3]) is rows
     assert ALONE.any(True, False) == (True, False)
+    assert ALONE.agree(3)
     assert not torch.distributed.is_initialized()
 
 
@@ -94,6 +95,7 @@ def gather(counts: list[int]) -> None:
     found = ranks.gather(whole.split(counts)[ranks.rank], counts)
     assert torch.equal(found, whole)
     assert ranks.any(ranks.rank == 1, False) == (ranks.size > 1, False)
+    assert ranks.agree(7) and not ranks.agree(ranks.rank)
     assert join(torch.device("cpu")) == ranks
 
 

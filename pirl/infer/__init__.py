@@ -1,7 +1,8 @@
 """Inference engines: any Pyro model with continuous latent sites in, posterior draws out. Knows no decision problem.
 
 Each engine is a function ``run(potential, *, num_chains, num_warmup, num_samples, seed, progress, **options)``, which
-returns :class:`~pirl.infer.engine.Draws`; its further keyword arguments are its options.
+returns :class:`~pirl.infer.engine.Draws`; its further keyword arguments are its options. Samplers also take ``thin``,
+``checkpoint`` and ``ranks``.
 """
 
 from __future__ import annotations

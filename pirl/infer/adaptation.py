@@ -38,6 +38,9 @@ class StepSize(_Saved):
     refused again and again, and not the one of hundreds that was refused last, which rules the plain harmonic mean
     (Hoffman et al. 2021). It has little noise, so that the size may follow it at once; Nesterov's dual averaging, made
     for the noise of one chain, first throws the size about by factors of three.
+
+    Until the first restart each chain seeks a size of its own: before the scale of the posterior is known, one chain
+    that starts far from it would hold up all others.
     """
 
     def __init__(self, step_size: float, target: float, like: Float[Tensor, " C"]) -> None:

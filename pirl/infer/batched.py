@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import traceback
 import warnings
@@ -20,6 +21,9 @@ from pirl.infer.recorded import record as record_function
 
 Evaluation = tuple[Float[Tensor, " B"], Float[Tensor, "B D"], Float[Tensor, " B"]]
 """U, its gradient, and the log-likelihood."""
+
+MOST_QUOTED = 160
+"""Characters of torch's own message: its first sentence says what happened."""
 
 ADVICE = (
     ("data-dependent control flow", "choose between values with torch.where, not with if"),
@@ -125,7 +129,7 @@ class BatchedPotential:
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 batched = self._mapped(points, heat)
         except Exception as error:
-            raise ModelError(f"the model cannot evaluate many chains at once: {_explain(error)}") from error
+            raise ModelError(f"the model cannot evaluate many chains at once{_explain(error)}") from error
         single = self._each(points[:2], heat[:2])
         tolerance = torch.finfo(points.dtype).eps ** 0.6
         for name, ours, plain in zip(("log density", "gradient", "log-likelihood"), batched, single, strict=True):
@@ -138,9 +142,9 @@ class BatchedPotential:
 
 def _explain(error: Exception) -> str:
     """What stopped the vectorised evaluation, where in the user's code, and what to write instead."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = textwrap.shorten(str(error).strip() or type(error).__name__, MOST_QUOTED, placeholder=" ...")
     advice = next((text for mark, text in ADVICE if mark in str(error)), "use torch operations that vmap")
     own = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent), str(Path(__file__).parents[1]))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
     where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{reason}{where}; {advice}; or use loop=True, which evaluates chains one by one"
+    return f"{where}: {advice}; or use loop=True, which evaluates chains one by one (torch says: {reason})"

@@ -140,7 +140,8 @@ def run(
         init: where chains start, see :func:`~pirl.infer.start.find_starts`.
         num_superchains: groups of consecutive chains that share one start, for nested R-hat (Margossian et al. 2024);
             None: each chain has its own.
-        target_accept_prob: harmonic mean acceptance that the step size aims at; raise it when transitions diverge.
+        target_accept_prob: acceptance (harmonic mean over chains) that the step size aims at; raise it when
+            transitions diverge.
         max_leapfrogs: at most so many gradients a transition.
         dense_mass: learn correlations too; None: with up to 300 parameters.
         trajectory_length: in units of posterior standard deviations, instead of learning it.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pirl.errors import ConvergenceWarning
 from pirl.infer.engine import Draws
-from pirl.infer.potential import Potential, Values
+from pirl.infer.potential import NO_DENSITY, Potential, Values
 
 TRUSTED_K = 0.7
 FEWEST = 25
@@ -18,16 +18,25 @@ FEWEST = 25
 
 
 def log_density(potential: Potential, vectors: Tensor) -> Tensor:
-    """Joint log density of flat unconstrained draws ``[n, size]``, shape ``[n]``: by vmap if the model allows it."""
+    """Joint log density of flat unconstrained draws ``[n, size]``, shape ``[n]``: by vmap if the model allows it.
+
+    It is -inf where there is no density.
+    """
 
     def one(vector: Tensor) -> Tensor:
         return -potential(potential.unflatten(vector))
+
+    def alone(vector: Tensor) -> Tensor:
+        try:
+            return one(vector)
+        except NO_DENSITY:
+            return vector.new_full((), -torch.inf)
 
     with torch.no_grad():
         try:
             return torch.func.vmap(one, chunk_size=128)(vectors)
         except Exception:  # an operator without a batching rule, or a branch on a value
-            return torch.stack([one(vector) for vector in vectors])
+            return torch.stack([alone(vector) for vector in vectors])
 
 
 def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool) -> Draws:

@@ -120,8 +120,7 @@ def run(
     Draws are pushed through the bijections of the sites. Exact where the posterior is Gaussian in unconstrained
     space; elsewhere ``attrs["pareto_k"]`` tells how far off it is, ``sample_stats.log_weight`` corrects averages, and
     the group ``psis_moments`` has corrected means and sds. The group ``laplace`` keeps mode, covariance and gradient;
-    ``attrs["log_evidence"]`` is
-    log p(data) ~ -U(z*) + D/2 log 2 pi - 1/2 log det H.
+    ``attrs["log_evidence"]`` is -U(z*) + D/2 log 2 pi - 1/2 log det H, approximately log p(data).
 
     Args:
         num_warmup: ignored.

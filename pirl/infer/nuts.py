@@ -176,12 +176,14 @@ def run(
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         StuckChainsError: no chain accepted a proposal after warm-up.
-        OptionError: more chains than have random numbers of their own, or fewer than ranks.
+        OptionError: more chains than have random numbers of their own, or fewer than ranks; no tree to build.
     """
     if num_chains > START_STREAM:
         raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")
     if num_chains < ranks.size:
         raise OptionError(f"num_chains is {num_chains}, fewer than the {ranks.size} ranks that share them: start fewer")
+    if max_tree_depth < 1:
+        raise OptionError(f"max_tree_depth is {max_tree_depth}, but must be at least 1")
     options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": full_mass}
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)

@@ -69,9 +69,11 @@ class Ranks:
             distributed.all_reduce(raised, distributed.ReduceOp.MAX)
         return tuple(bool(flag) for flag in raised.tolist())
 
-    def all(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag, whether every rank raised it."""
-        return tuple(not flag for flag in self.any(*(not flag for flag in flags)))
+    def agree(self, number: int) -> bool:
+        """Whether all ranks have the same number."""
+        device = "cuda" if self.size > 1 and distributed.get_backend() == "nccl" else "cpu"
+        numbers = self.gather(torch.tensor([number], device=device), [1] * self.size)
+        return bool((numbers == number).all())
 
 
 ALONE = Ranks()

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,9 @@ Stats = dict[str, Tensor]
 
 FEWEST_TO_JUDGE = 20
 """Draws of which a chain that accepts half its proposals repeats all with probability one in a million."""
+
+FEWEST_REFUSALS = 8
+"""Transitions, of all chains together, after which none accepted is no accident."""
 
 
 class Sampler(ABC):
@@ -102,7 +104,7 @@ def sample(
     """
     store = _Store(-(-num_samples // thin))
     begin = _resume(sampler, store, checkpoint)
-    if ranks.any(begin > 0) != ranks.all(begin > 0):
+    if not ranks.agree(begin):
         raise RankError("the processes read different checkpoints: put the file on a disk that all of them share")
     total, step = num_warmup + num_samples, begin
     scale = total if num_samples else 100
@@ -117,15 +119,16 @@ def sample(
             if step >= num_warmup and (step - num_warmup) % thin == 0:
                 store.add(draws, stats)
             step += 1
-            view.update(
-                sampler.reached(step, scale),
-                warmup=step <= num_warmup if num_samples else None,
-                divergences=store.divergences,
-                step_size=_mean(stats, "step_size"),
-                acceptance=_mean(stats, "acceptance_rate"),
-                draws=store.numbers if num_samples else None,
-                note=sampler.note,
-            )
+            if view.due or step == total:
+                view.update(
+                    sampler.reached(step, scale),
+                    warmup=step <= num_warmup if num_samples else None,
+                    divergences=store.divergences,
+                    step_size=float(stats["step_size"].mean()),
+                    acceptance=float(stats["acceptance_rate"].mean()),
+                    draws=store.numbers if num_samples else None,
+                    note=sampler.note,
+                )
             due = checkpoint is not None and ranks.leads and checkpoint.due
             stop, leave, save = ranks.any(asked.to_stop, asked.to_leave, due)
             if stop or leave:
@@ -275,17 +278,13 @@ def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool, 
         warnings.warn(f"interrupted: returning the {count} draws of each chain so far{again}", InterruptedWarning, 5)
 
 
-def _mean(stats: Mapping[str, Any], name: str) -> float | None:
-    return float(stats[name].mean()) if name in stats else None
-
-
 def check_moves(potential: Potential, sampled: Sampled) -> None:
     """Say which chains never moved after warm-up; refuse when none did."""
     draws = sampled.draws
     if draws.shape[1] < 2:
         return
     stuck = (draws[:, 1:] == draws[:, :1]).all(-1).all(-1)
-    if bool(stuck.all()) and stuck.numel() * (draws.shape[1] - 1) >= 8:
+    if bool(stuck.all()) and stuck.numel() * (draws.shape[1] - 1) >= FEWEST_REFUSALS:
         point = draws[0, -1].to(torch.empty(0).device)
         where = potential.culprit(potential.unflatten(point))
         raise StuckChainsError(f"no chain accepted a proposal after warm-up: {where}")

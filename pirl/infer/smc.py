@@ -27,7 +27,7 @@ from pirl.infer.sampling import Stats, sample
 from pirl.infer.start import find_start
 
 WIDTH = 256
-"""Particles of a block on a CPU: there are many, and a step of all of them has no end that others wait for."""
+"""Particles of a block on a CPU: of thousands, wider blocks cost less a particle and still occupy every core."""
 
 MOST_MOVES = 100_000
 FEWEST_MOVES = 2
