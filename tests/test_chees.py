@@ -471,6 +471,37 @@ def test_a_given_trajectory_length_is_kept() -> None:
     assert times == pytest.approx([eps * max(1, math.ceil(halton(s + 1) / eps)) for s in range(40, 60)])
 
 
+class Plain(BatchedPotential):
+    """A density written by hand, of coordinates z = F y."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric, self.width, self._graph = metric, 16, None
+
+    def __call__(self, z: Tensor, temperature: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        assert temperature is not None
+        energy, slope, log_likelihood = quartic(self.metric.whiten(z), temperature)
+        factor = self.metric.factor
+        return energy, torch.linalg.solve_triangular(factor.mT, slope.mT, upper=True).mT, log_likelihood
+
+
+def test_what_is_learnt_does_not_depend_on_coordinates() -> None:
+    """Sampling y, or z = F y with metric F: moves, step size and trajectory length are the same."""
+    start, identity = torch.randn(16, 2), Metric(torch.eye(2))
+    settings: dict[str, Any] = {"num_warmup": 1000, "seed": 1, "target_accept_prob": 0.8, "max_leapfrogs": 100,
+                                "dense_mass": True, "trajectory_length": None}  # fmt: skip
+    plain, turned = (
+        Chees(Ensemble(Plain(metric), 16, ALONE), metric.unwhiten(start), metric, **settings)
+        for metric in (identity, METRIC)
+    )
+    lengths = set()
+    for step in range(9):  # before the first window ends
+        torch.testing.assert_close(METRIC.unwhiten(plain.advance(step)[0]), turned.advance(step)[0], rtol=1e-9, atol=1e-9)
+        assert plain.step_size.log_size == pytest.approx(turned.step_size.log_size, abs=1e-9)
+        assert plain.length.log_length == pytest.approx(turned.length.log_length, abs=1e-9)
+        lengths.add(plain.length.log_length)
+    assert len(lengths) > 5
+
+
 @pytest.mark.parametrize("init", ["prior", "uniform", "laplace"])
 def test_starts_are_finite_and_dispersed(init: str) -> None:
     potential = Potential(hierarchy, (Y,))

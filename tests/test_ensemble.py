@@ -217,6 +217,7 @@ def test_default_widths() -> None:
     assert default_width(5000, torch.device("cuda")) == GPU_WIDTH
 
 
+@pytest.mark.filterwarnings("ignore:.* ranks have nothing to do")
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_ranks_share_whole_blocks(size: int) -> None:
     """Eleven chains in three blocks: each block on one rank, in their order, and all know how many each has."""
