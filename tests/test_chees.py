@@ -20,6 +20,7 @@ from pirl.infer.batched import BatchedPotential
 from pirl.infer.chees import Chees
 from pirl.infer.ensemble import Ensemble
 from pirl.infer.hmc import Metric, Phase, transition
+from pirl.infer.population import WHITENED_LENGTH
 from pirl.infer.ranks import ALONE
 from pirl.infer.start import find_starts
 
@@ -210,6 +211,17 @@ def test_step_size_reaches_its_target() -> None:
         eps.update((mean + 0.2 * (torch.rand(64, generator=generator) - 0.5)).clamp(0, 1))
     reached = float(1 / (1 / torch.special.erfc(k * eps.average)).mean())
     assert reached == pytest.approx(0.8, abs=0.02)
+
+
+def test_step_size_minds_the_chain_that_is_refused_most() -> None:
+    """Chains that accept e^-h and e^-3h share the size h whose *harmonic* mean acceptance is the target."""
+    sizes = StepSize(0.1, 0.8, torch.zeros(2))
+    sizes.restart(0.1)
+    for _ in range(3000):
+        sizes.update(torch.exp(-sizes.current * torch.tensor([1.0, 3.0])))
+    first, second = math.exp(-sizes.average), math.exp(-3 * sizes.average)
+    assert 2 / (1 / first + 1 / second) == pytest.approx(0.8, abs=1e-3)
+    assert (first + second) / 2 > 0.805
 
 
 def test_before_the_first_restart_each_chain_has_its_own_step_size() -> None:
@@ -452,6 +464,20 @@ def test_everything_is_frozen_after_warmup() -> None:
     assert lengths == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_new_metric_begins_step_size_and_length_anew() -> None:
+    """In its units nothing that was learnt before holds."""
+    sampler = chees(100)
+    first, step = sampler.metric, 0
+    while sampler.metric is first:
+        sampler.advance(step)
+        step += 1
+    assert step in sampler.windows
+    assert sampler.length.current == pytest.approx(WHITENED_LENGTH, rel=1e-12)
+    assert (sampler.length.steps, sampler.step_size.steps) == (0, 0)
+    sampler.advance(step)
+    assert (sampler.length.steps, sampler.step_size.steps) == (1, 1)
+
+
 def test_what_was_learnt_is_kept_from_the_right_phase() -> None:
     """The step size kept is that of the last phase, for the metric that is kept."""
     sampler = chees(200)
@@ -495,7 +521,9 @@ def test_what_is_learnt_does_not_depend_on_coordinates() -> None:
     )
     lengths = set()
     for step in range(9):  # before the first window ends
-        torch.testing.assert_close(METRIC.unwhiten(plain.advance(step)[0]), turned.advance(step)[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            METRIC.unwhiten(plain.advance(step)[0]), turned.advance(step)[0], rtol=1e-9, atol=1e-9
+        )
         assert plain.step_size.log_size == pytest.approx(turned.step_size.log_size, abs=1e-9)
         assert plain.length.log_length == pytest.approx(turned.length.log_length, abs=1e-9)
         lengths.add(plain.length.log_length)
