@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -10,7 +9,8 @@ import xarray
 from matplotlib.figure import Figure
 
 from pirl.errors import OptionError
-from pirl.plots import plot_density, plot_forest, plot_joint, plot_posterior, plot_reward_map, plot_reward_posterior
+from pirl.plots import plot_density, plot_forest, plot_joint, plot_posterior
+from tests.figures import drawn, is_legible, words
 
 
 def posterior(shapes: dict[str, tuple[int, ...]], **attrs: str) -> xarray.DataTree:
@@ -24,20 +24,10 @@ def posterior(shapes: dict[str, tuple[int, ...]], **attrs: str) -> xarray.DataTr
     return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), "posterior": dataset})
 
 
-def drawn(figure: Figure) -> Figure:
-    """Really draw it: warnings of the layout are errors here."""
-    figure.savefig(io.BytesIO(), format="png")
-    return figure
-
-
-def words(figure: Figure) -> str:
-    texts = figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible())
-    return "\n".join(text.get_text() for text in texts)
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 def test_a_few_numbers_have_a_density_each(count: int) -> None:
-    figure = drawn(plot_posterior(posterior({f"p{i}": () for i in range(count)})))
+    figure = plot_posterior(posterior({f"p{i}": () for i in range(count)}))
+    is_legible(figure)
     assert len(figure.axes) == (3 if count == 2 else count)
     assert {f"p{i}" for i in range(count)} <= set(words(figure).split("\n"))
     assert "reference" not in words(figure)
@@ -52,7 +42,8 @@ def test_two_numbers_have_a_joint_panel_with_their_correlation() -> None:
 def test_many_numbers_are_a_forest_named_by_labels() -> None:
     tree = posterior({"w": (9,), "large": (200,)})
     tree["posterior"].coords["w_dim_0"] = [f"f{i}" for i in range(9)]
-    figure = drawn(plot_posterior(tree, {"label": "truth", "values": {"w": list(range(9))}}))
+    figure = plot_posterior(tree, {"label": "truth", "values": {"w": list(range(9))}})
+    is_legible(figure)
     (ax,) = figure.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"w[f{i}]" for i in range(9)]
     truth = next(line for line in ax.lines if line.get_label() == "truth")
@@ -100,28 +91,6 @@ def test_a_forest_without_reference() -> None:
     ax = Figure().subplots()
     plot_forest(ax, {"a": np.zeros(10), "b": np.ones(10)})
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["90% interval", "50% interval", "median"]
-
-
-def test_a_map_has_the_first_row_on_top_and_a_named_scale() -> None:
-    figure = Figure()
-    ax = figure.subplots()
-    plot_reward_map(ax, np.arange(6.0), 2, 3, title="mean", limits=(-1.0, 9.0), label="reward")
-    (image,) = ax.images
-    assert image.get_array().tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
-    assert ax.get_ylim()[0] > ax.get_ylim()[1]
-    assert image.get_clim() == (-1.0, 9.0)
-    assert figure.axes[1].get_ylabel() == "reward"
-    with pytest.raises(OptionError, match="expected 8"):
-        plot_reward_map(ax, np.arange(6.0), 2, 4)
-
-
-def test_maps_of_mean_and_truth_share_their_scale() -> None:
-    rewards = np.random.default_rng(2).normal(size=(2, 50, 6))
-    figure = drawn(plot_reward_posterior(rewards, 2, 3, truth=np.full(6, 7.0)))
-    truth, mean, sd = (ax.images[0] for ax in figure.axes[:3])
-    assert np.ravel(mean.get_array().data) == pytest.approx(rewards.reshape(100, 6).mean(axis=0))
-    assert np.ravel(sd.get_array().data) == pytest.approx(rewards.reshape(100, 6).std(axis=0, ddof=1))
-    assert truth.get_clim() == mean.get_clim() == (pytest.approx(mean.get_array().min()), 7.0)
 
 
 def test_only_large_parameters_are_refused_by_name() -> None:

@@ -1,7 +1,4 @@
-"""Figures of posteriors and of rewards, with matplotlib; a function draws on given Axes, or returns a Figure.
-
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; maps are perceptually uniform.
-"""
+"""Posteriors of parameters: densities, joint distributions, and forests of intervals."""
 
 from __future__ import annotations
 
@@ -16,13 +13,13 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from pirl.errors import OptionError
+from pirl.plots.style import BLUE, ORANGE, new_figure
 
 if TYPE_CHECKING:
     import xarray
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE = "#0072B2", "#D55E00"
 # Numbers that get a density each; more are drawn as a forest of intervals, up to where that is legible.
 MOST_DENSITIES, MOST_INTERVALS = 6, 60
 
@@ -32,7 +29,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
 
     Up to six numbers get a density with median and 90% interval, and two of them their joint distribution as well;
     more are drawn as a forest of intervals. Parameters of more than 60 elements are left out: they belong on a map
-    (:func:`plot_reward_map`).
+    (:func:`pirl.plots.plot_reward_map`).
 
     Args:
         posterior: what :func:`pirl.fit` returned. The attribute ``long_name`` of a parameter labels its axis.
@@ -53,7 +50,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
     if count == 0:
         raise OptionError(f"no parameter has at most {MOST_INTERVALS} elements: draw maps with plot_reward_map")
     if count > MOST_DENSITIES:
-        figure = _figure(7.0, 1.6 + 0.25 * count)
+        figure = new_figure(7.0, 1.6 + 0.25 * count)
         plot_forest(
             figure.subplots(),
             {quantity.name: quantity.draws for quantity in quantities},
@@ -64,7 +61,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
         columns = 2 if count in (2, 4) else min(count, 3)
         rows = -(-count // columns)
         joint = count == 2
-        figure = _figure(9.5, 5.0) if joint else _figure(4.2 * columns, 3.2 * rows)
+        figure = new_figure(9.5, 5.0) if joint else new_figure(4.2 * columns, 3.2 * rows)
         if joint:
             axes = figure.subplot_mosaic("AC;BC", width_ratios=(1, 1.15))
             panels = [axes["A"], axes["B"]]
@@ -78,7 +75,8 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
             plot_density(ax, quantity.draws, quantity.at, quantity.error, label)
             ax.set_xlabel(quantity.label)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        beside = len(labels) if columns > 1 else 2
+        figure.legend(handles, labels, loc="outside lower center", ncols=beside, frameon=False)
     figure.suptitle(_title(posterior), fontsize="medium")
     return figure
 
@@ -147,63 +145,6 @@ def plot_forest(
     ax.spines[["left", "top", "right"]].set_visible(False)
     # Above the rows: a forest has no free corner.
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize="small")
-
-
-def plot_reward_map(
-    ax: Axes,
-    values: ArrayLike,
-    rows: int,
-    cols: int,
-    title: str = "",
-    limits: tuple[float, float] | None = None,
-    label: str = "reward",
-) -> None:
-    """Draw one number a cell of a grid ``[rows * cols]``, such as the mean or sd of a reward, with a colour bar.
-
-    Args:
-        limits: values at the ends of the colour scale, to make several maps comparable.
-
-    Raises:
-        OptionError: there are more or fewer values than cells.
-    """
-    values = np.asarray(values)
-    if values.size != rows * cols:
-        raise OptionError(f"{values.size} values for a map of {rows} x {cols} cells: expected {rows * cols}")
-    low, high = limits or (values.min(), values.max())
-    image = ax.imshow(values.reshape(rows, cols), cmap="viridis", vmin=low, vmax=high)
-    ax.set(title=title, xlabel="column", ylabel="row")
-    # Whole numbers only, and not too many.
-    ax.set_xticks(np.arange(0, cols, -(-cols // 10)))
-    ax.set_yticks(np.arange(0, rows, -(-rows // 10)))
-    ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
-
-
-def plot_reward_posterior(
-    rewards: ArrayLike, rows: int, cols: int, truth: ArrayLike | None = None, truth_label: str = "truth"
-) -> Figure:
-    """Draw maps of the posterior mean and sd of a state reward ``[draws, rows * cols]``, and of the truth if known.
-
-    The mean and the truth share their colour scale.
-    """
-    rewards = np.asarray(rewards).reshape(-1, rows * cols)
-    mean = rewards.mean(axis=0)
-    shared = mean if truth is None else np.concatenate([mean, np.ravel(truth)])
-    limits = (float(shared.min()), float(shared.max()))
-    panels = [("posterior mean", mean, limits, "reward"), ("posterior sd", rewards.std(axis=0, ddof=1), None, "sd")]
-    if truth is not None:
-        panels.insert(0, (truth_label, np.ravel(truth), limits, "reward"))
-    figure = _figure(4.3 * len(panels), 3.9)
-    for ax, (title, values, ends, name) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        plot_reward_map(ax, values, rows, cols, title, ends, name)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    # Not by pyplot: no window opens, and no backend is chosen for the user.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
 
 
 @dataclass(frozen=True)
