@@ -77,6 +77,11 @@ def reference(num_features: int, seed: int) -> dict[str, Any]:
     return {"label": "truth", "values": {"weights": true_weights(num_features, seed).tolist()}}
 
 
+def truth(features: Tensor, num_features: int, seed: int) -> Tensor:
+    """The reward that the demonstrators had."""
+    return pirl.linear_reward(features, true_weights(num_features, seed))
+
+
 if __name__ == "__main__":
     from pirl.cli import fit_module
 

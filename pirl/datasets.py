@@ -1,7 +1,7 @@
-"""Demonstrations: simulated ones, and Rust's (1987) monthly records of Harold Zurcher, who replaced bus engines.
+"""Demonstrations: simulated ones, mice in a labyrinth, and Rust's (1987) bus engines.
 
-In those records the state is the mileage since the last replacement in bins of 5,000 miles; the actions are to keep
-the engine or to replace it. Conventions that reproduce Rust's figures:
+Harold Zurcher's monthly records, in which the state is the mileage since the last replacement in bins of 5,000 miles;
+the actions are to keep the engine or to replace it. Conventions that reproduce Rust's figures:
 
 - an engine is replaced in the last month before the odometer passes the replacement's reading;
 - each bus's first month is dropped, because its usage is unknown;
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
-from pirl.errors import DataError, OptionError
+from pirl.errors import DataError, InvalidTrajectoriesError, OptionError
 from pirl.mdp import TabularMDP
 from pirl.trajectories import Trajectories
 
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 
 BIN_MILES = 5_000
 NUM_STATES = 90
+LABYRINTH_NODES = 127
 
 # The published files, one number a line, and how many of them make one bus.
 _FILES = {1: ("g870.asc", 36), 2: ("rt50.asc", 60), 3: ("t8h203.asc", 81), 4: ("a530875.asc", 128)}
+_MOUSE_ARRAYS = ("states", "actions", "train_idx", "val_idx")
 # What stands above a bus's odometer readings.
 _HEADER_ROWS = 11
 _REPLACEMENT_ROWS = (5, 8)
@@ -122,6 +125,58 @@ def simulate(
         ends=tuple("terminated" if ended else "truncated" for ended in ends.any(1).tolist()),
         limits=torch.full((num_episodes,), length, device=mdp.device),
     )
+
+
+def labyrinth_transition() -> Float[Tensor, "S 4 S"]:
+    """Transition table of the labyrinth of Rosenberg et al. (2021): a binary tree of 127 nodes, without chance.
+
+    Nodes are numbered level by level from the entrance, 0: node s leads left to 2 s + 1 and right to 2 s + 2. Actions
+    are left (0), right (1), back (2) and stay (3). What cannot be done is to stay: left and right at the 64 ends, back
+    at the entrance.
+
+    Example:
+        >>> labyrinth_transition()[5].nonzero()[:, 1]
+        tensor([11, 12,  2,  5])
+    """
+    node = torch.arange(LABYRINTH_NODES)
+    following = torch.stack([2 * node + 1, 2 * node + 2, (node - 1).div(2, rounding_mode="floor"), node], dim=1)
+    possible = (following >= 0) & (following < LABYRINTH_NODES)
+    following = torch.where(possible, following, node.unsqueeze(1))
+    return torch.nn.functional.one_hot(following, LABYRINTH_NODES).to(torch.float64)
+
+
+def mouse_labyrinth(folder: str | Path) -> tuple[Trajectories, Trajectories]:
+    """Paths of water-deprived mice through the labyrinth, to learn from (160) and to test on (40), 22 decisions each.
+
+    The folder holds water_restricted.npz with arrays states and actions ``[200, 22]``, train_idx and val_idx, as
+    published with Ashwood, Jha and Pillow (2022) after Rosenberg et al. (2021). Water is at node 100. Many paths are
+    the same, decision by decision.
+
+    Raises:
+        DataError: the file is missing or malformed, or shows a move that the labyrinth does not have.
+
+    Example:
+        >>> training, validation = mouse_labyrinth("mouse_labyrinth")  # doctest: +SKIP
+    """
+    path = Path(folder) / "water_restricted.npz"
+    try:
+        with np.load(path) as file:
+            arrays = [_as_tensor(file[name].astype(np.int64, casting="safe")) for name in _MOUSE_ARRAYS]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): it comes with Ashwood et al. (2022)") from None
+    except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        names = ", ".join(_MOUSE_ARRAYS)
+        raise DataError(f"{path} is not an archive of whole numbers {names}: {error}".splitlines()[0]) from None
+    states, actions, *split = arrays
+    try:
+        demos = Trajectories(states, actions)
+        demos.validate(TabularMDP(labyrinth_transition(), 0, horizon=actions.shape[1]))
+        training, validation = (demos[numbers] for numbers in split)
+    except InvalidTrajectoriesError as error:
+        raise DataError(f"{path}: {error}") from None
+    except IndexError:
+        raise DataError(f"{path}: train_idx and val_idx must be numbers of its {len(demos)} paths") from None
+    return training, validation
 
 
 def zurcher_table(groups: str = "1-4") -> BusData:

@@ -1,4 +1,4 @@
-"""Decision problems to practise on: gridworlds, random problems, and Gymnasium's tables."""
+"""Decision problems to practise on: gridworlds, objectworlds, random problems, and Gymnasium's tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.errors import InvalidMDPError, MissingDependencyError
@@ -121,6 +121,73 @@ def gridworld_features(rows: int, cols: int, num_features: int = 8, seed: int = 
     squared_distance = ((cell[:, None] - centre) ** 2).sum(axis=-1)
     width = np.sqrt(len(cell) / num_features) / 2
     return torch.from_numpy(np.exp(-squared_distance / (2 * width**2)))
+
+
+class ObjectWorld(NamedTuple):
+    """A grid with coloured objects on it, whose true reward is a nonlinear function of its features.
+
+    Attributes:
+        mdp: the dynamics, those of a gridworld.
+        features: distance ``[S, 2C]`` of each cell to the nearest object of each inner colour, then of each outer one,
+            in cells.
+        reward: the true reward r(s) ``[S]``, 1, -1 or 0.
+        objects: cell, inner colour and outer colour of each object ``[n, 3]``.
+    """
+
+    mdp: TabularMDP
+    features: Float[Tensor, "S K"]
+    reward: Float[Tensor, " S"]
+    objects: Int[Tensor, "n 3"]
+
+
+def objectworld(
+    size: int = 10, num_objects: int = 15, num_colours: int = 2, slip: float = 0.3, discount: float = 0.9, seed: int = 0
+) -> ObjectWorld:
+    """A square grid with objects, each of one inner and one outer colour, on random cells.
+
+    The reward is 1 within 3 cells of outer colour 0 and also within 2 cells of outer colour 1, -1 within 3 cells of
+    outer colour 0 only, and 0 elsewhere, by Euclidean distance. Inner colours, and other outer ones, only distract.
+    No linear function of the distances comes near it.
+
+    Args:
+        size: rows, and columns.
+        num_objects: at least as many as colours, so that each colour occurs; at most one a cell.
+        num_colours: C, at least 2.
+        slip, discount: as in :func:`gridworld`.
+
+    Raises:
+        InvalidMDPError: a number is out of range.
+
+    Source: S. Levine, Z. Popovic and V. Koltun, "Nonlinear Inverse Reinforcement Learning with Gaussian Processes",
+    NIPS 2011, section 6.
+
+    Example:
+        >>> objectworld(8, num_objects=10).features.shape
+        torch.Size([64, 4])
+    """
+    if not 2 <= num_colours <= num_objects <= size**2:
+        raise InvalidMDPError(
+            f"{num_objects} objects of {num_colours} colours on {size**2} cells: at least 2 colours, as many objects "
+            "as colours, and as many cells as objects"
+        )
+    generator = np.random.default_rng(seed)
+    place = generator.choice(size**2, num_objects, replace=False)
+    # The first objects have a colour each.
+    rest = (2, num_objects - num_colours)
+    colour = np.concatenate(
+        [np.tile(np.arange(num_colours), (2, 1)), generator.integers(num_colours, size=rest)], axis=1
+    )
+    colour = generator.permuted(colour, axis=1)
+    cell = np.stack(np.divmod(np.arange(size**2), size), axis=1)
+    distance = np.linalg.norm(cell[:, None] - cell[place], axis=-1)
+    nearest = np.stack([distance[:, kind == c].min(axis=1) for kind in colour for c in range(num_colours)], axis=1)
+    near, both = nearest[:, num_colours] <= 3, nearest[:, num_colours + 1] <= 2
+    return ObjectWorld(
+        gridworld(size, size, slip=slip, discount=discount),
+        torch.from_numpy(nearest),
+        torch.from_numpy(np.where(near, np.where(both, 1.0, -1.0), 0.0)),
+        torch.from_numpy(np.stack([place, *colour], axis=1)),
+    )
 
 
 def random_mdp(

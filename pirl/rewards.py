@@ -6,6 +6,11 @@ Leading batch dimensions (chains, particles, posterior draws) pass through, and 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -62,7 +67,7 @@ def tabular_reward(values: Tensor) -> Float[Tensor, "*batch S 1"]:
     return values.unsqueeze(-1)
 
 
-def neural_reward(network: nn.Module, features: Tensor) -> Float[Tensor, "*batch S A"]:
+def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Float[Tensor, "*batch S A"]:
     """A network's reward of every state, or of every state-action pair.
 
     Args:
@@ -91,6 +96,49 @@ def neural_reward(network: nn.Module, features: Tensor) -> Float[Tensor, "*batch
         expected = ", ".join(map(str, (*pairs, 1)))
         raise InvalidRewardError(f"the network gave shape {tuple(reward.shape)}; expected [*batch, {expected}]")
     return reward
+
+
+def lifted_reward(name: str, network: nn.Module, features: Tensor, scale: float = 1.0) -> Float[Tensor, "*batch S A"]:
+    """A network's reward with a prior on each of its parameters, which become sites of the Pyro model that calls this.
+
+    A parameter with n inputs a unit is normal with standard deviation ``scale / sqrt(n)``, a bias with ``scale``, so
+    that the prior of the reward does not depend on how wide the layers are. Sites are called ``name_parameter``. Hidden
+    units can be exchanged: chains are judged by the reward, which ``pyro.deterministic`` records, and not by weights.
+
+    Args:
+        name: what the names of the sites begin with.
+        network: any module, from ``[S, D]`` to ``[S, 1]`` or ``[S, A]``, or as in :func:`neural_reward`. Its own
+            parameters are only looked at for their shapes.
+        features: ``[S, D]`` or ``[S, A, D]``.
+        scale: standard deviation of a bias, and of each layer's sum of inputs of size one.
+
+    Returns:
+        ``[*batch, S, 1]`` or ``[*batch, S, A]``; in a plate, one network for each of its members.
+
+    Raises:
+        InvalidRewardError: the shapes do not fit.
+
+    Example:
+        >>> def model(demos, mdp, features, network):
+        ...     reward = lifted_reward("network", network, features)
+    """
+    weights: dict[str, Tensor] = {}
+    for parameter, value in network.named_parameters():
+        inputs = value[0].numel() if value.dim() > 1 else 1
+        zero = torch.zeros_like(value, requires_grad=False)
+        prior = dist.Normal(zero, scale / math.sqrt(inputs)).to_event(value.dim())
+        weights[parameter] = pyro.sample(f"{name}_{parameter.replace('.', '_')}", prior, infer={"identified": False})
+    shapes = {parameter: value.shape for parameter, value in network.named_parameters()}
+    batches = [weights[parameter].shape[: -len(shape) or None] for parameter, shape in shapes.items()]
+    batch = torch.broadcast_shapes(*batches)
+
+    def reward(values: dict[str, Tensor]) -> Tensor:
+        return neural_reward(lambda x: torch.func.functional_call(network, values, (x,)), features)
+
+    if not batch:
+        return reward(weights)
+    flat = {key: value.expand(*batch, *shapes[key]).reshape(-1, *shapes[key]) for key, value in weights.items()}
+    return torch.func.vmap(reward)(flat).unflatten(0, batch)
 
 
 def expected_reward(reward_sas: Tensor, transition: Tensor) -> Float[Tensor, "*batch S A"]:
