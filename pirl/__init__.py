@@ -5,13 +5,15 @@ posterior. pirl is the vocabulary (decision problems, trajectories, their distri
 model is the sentence written with it.
 """
 
+from pirl.compare import compare
 from pirl.diagnose import diagnose
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
 from pirl.fit import fit
 from pirl.mdp import TabularMDP
 from pirl.message_passing import Messages, log_partition, messages, occupancy, soft_policy
 from pirl.planning import most_likely_trajectory, optimal_policy, policy_value, stationary_distribution
-from pirl.rewards import expected_reward, linear_reward, neural_reward, tabular_reward
+from pirl.posterior import reward_draws
+from pirl.rewards import expected_reward, lifted_reward, linear_reward, neural_reward, tabular_reward
 from pirl.trajectories import Trajectories
 
 __version__ = "0.1.0"
@@ -22,9 +24,11 @@ __all__ = [
     "Messages",
     "TabularMDP",
     "Trajectories",
+    "compare",
     "diagnose",
     "expected_reward",
     "fit",
+    "lifted_reward",
     "linear_reward",
     "log_partition",
     "messages",
@@ -33,6 +37,7 @@ __all__ = [
     "occupancy",
     "optimal_policy",
     "policy_value",
+    "reward_draws",
     "soft_policy",
     "stationary_distribution",
     "tabular_reward",

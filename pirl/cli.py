@@ -1,38 +1,17 @@
-"""The command line: ``pirl fit MODEL.py``, and ``pirl summary``, ``diagnose`` and ``plot`` of its ``posterior.nc``.
+"""The command line: ``pirl fit MODEL.py``, and ``pirl summary``, ``diagnose`` and ``plot`` of its ``posterior.nc``;
+``pirl compare MODEL.py``.
 
-A model file is a Python file with
-
-- ``model(...)``, a Pyro program;
-- ``load(**options)``, which returns the named arguments of ``model``; its annotated keyword parameters (str, int,
-  float, bool, Path, Literal, or one of these or None) are what ``--set key=value`` sets;
-
-and, where they help,
-
-- ``coords(...)``, which returns labels by dim;
-- ``reference(...)``, which returns published or true values to print beside the posterior, or None:
-  ``{"label": "Rust (1987)", "values": {"RC": 10.075}, "standard_errors": {"RC": 1.582}}``. Values have the shape of the
-  parameter; standard errors may be missing;
-- ``dims``, a dict from arguments to the names of their dims;
-- ``labels``, a dict from parameters to words and units for figures;
-- ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
-  ``{"engine": "nuts", "nuts": {"full_mass": True}}``.
-
-``coords`` and ``reference`` are called with those options and arguments that their parameters name.
+What a model file is tells :mod:`pirl.model_file`.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import json
 import os
 import sys
-import types
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +27,7 @@ from pirl.errors import (
     PirlError,
     PosteriorFileError,
 )
+from pirl.model_file import ModelFile
 from pirl.summary import print_summary
 
 if TYPE_CHECKING:
@@ -55,7 +35,6 @@ if TYPE_CHECKING:
 
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 INTERRUPTED = 130
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class _Commands(TyperGroup):
@@ -184,6 +163,52 @@ def plot_command(
     print(f"wrote {target}")
 
 
+@app.command("compare")
+def compare_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A model file with demos and mdp among its data.")],
+    engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the engine, and of which episodes are held out.")] = 0,
+    hold_out: Annotated[float, typer.Option(help="Share of the episodes that is held out.")] = 0.25,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="TABLE.csv", help="Where to write the table; or .tex.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="TABLE.png", help="Where to draw it.")] = None,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
+) -> None:
+    """Compare the posterior of a model file with point estimates and cloning, on episodes that are held out."""
+    from pirl.compare import against_point_estimates, print_comparison, to_latex
+
+    _check_output(out, (".csv", ".tex"))
+    _check_output(plot, PLOT_FORMATS)
+    file = ModelFile.read(model)
+    options = file.options(settings or [])
+    arguments = {
+        "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup,
+        "seed": seed, "progress": progress, "num_prior": 0, "num_posterior_predictive": 0,
+    }  # fmt: skip
+    with _short_warnings():
+        table = against_point_estimates(
+            file, options, {name: value for name, value in arguments.items() if value is not None}, hold_out, seed
+        )
+    if out is not None:
+        with _replacing(out) as temporary:
+            temporary.write_text(to_latex(table) if out.suffix == ".tex" else table.to_csv())
+    if plot is not None:
+        from pirl.plots import plot_comparison
+
+        figure = plot_comparison(table)
+        with _replacing(plot) as temporary:
+            figure.savefig(temporary, dpi=150)
+    print_comparison(table)
+    for path in (out, plot):
+        if path is not None:
+            print(f"wrote {path}")
+
+
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Print each warning once, as one line, when it comes."""
@@ -200,152 +225,6 @@ def _short_warnings() -> Iterator[None]:
             warnings.simplefilter("always", kind)
         warnings.showwarning = show  # put back by catch_warnings
         yield
-
-
-# ------------------------------------------------------------------------------------------------------- model files
-
-
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file, imported: see the head of this module for what it may define."""
-
-    path: Path
-    model: Callable[..., Any]
-    load: Callable[..., Mapping[str, Any]]
-    title: str = ""
-    coords: Callable[..., Mapping[str, Any]] | None = None
-    reference: Callable[..., Mapping[str, Any] | None] | None = None
-    dims: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path) -> ModelFile:
-        """Import a model file by its path.
-
-        Raises:
-            OptionError: there is no such file, it is not Python, or it lacks ``model`` or ``load``.
-        """
-        if path.suffix != ".py" or not path.is_file():
-            problem = "is not a file" if not path.is_file() else "does not end in .py"
-            raise OptionError(f"{path} {problem}: give the path of a model file, such as models/bus_engine.py")
-        name = f"pirl_model_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        # Registered, as dataclasses and pickles look their module up; under a name that shadows nothing.
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except SyntaxError as error:
-            raise OptionError(f"{path} is not Python: {error.msg} in line {error.lineno}") from None
-        for needed in ("model", "load"):
-            if not callable(getattr(module, needed, None)):
-                raise OptionError(
-                    f"{path} has no function {needed}(...): a model file defines model(...) and load(...)"
-                )
-        names = ("model", "load", "coords", "reference", "dims", "labels", "defaults")
-        found = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
-        return cls(path, title=(module.__doc__ or path.stem).strip().splitlines()[0], **found)
-
-    def options(self, settings: list[str]) -> dict[str, Any]:
-        """All options of ``load``: its defaults, and what ``key=value`` texts say, converted to the annotated types.
-
-        Raises:
-            OptionError: an unknown key, a value of another type, or a missing one; names the keys.
-        """
-        hints = typing.get_type_hints(self.load)
-        parameters = inspect.signature(self.load).parameters
-        known = ", ".join(f"{name} ({_words(hints.get(name, str))})" for name in parameters) or "none"
-        given = {}
-        for setting in settings:
-            key, equals, text = setting.partition("=")
-            if not equals or key not in parameters:
-                problem = f"has no option {key!r}" if equals else f"needs --set KEY=VALUE, not {setting!r}"
-                raise OptionError(f"{self.path} {problem}; its options are {known}")
-            try:
-                given[key] = _converted(text, hints.get(key, str))
-            except ValueError:
-                raise OptionError(f"--set {setting}: {key} must be {_words(hints.get(key, str))}") from None
-        defaults = {name: parameter.default for name, parameter in parameters.items()}
-        options = {**defaults, **given}
-        for name, value in options.items():
-            if value is inspect.Parameter.empty:
-                raise OptionError(
-                    f"{self.path} needs --set {name}=VALUE, where {name} is {_words(hints.get(name, str))}"
-                )
-        return options
-
-    def fit(self, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> xarray.DataTree | None:
-        """Load, fit, and note in the posterior what was fitted, its labels and the reference values.
-
-        None in a process of several that does not lead them.
-        """
-        import pirl
-
-        loaded = dict(self.load(**options))
-        try:
-            inspect.signature(self.model).bind(**loaded)
-        except TypeError as error:
-            raise OptionError(f"{self.path}: what load() returns does not fit model(): {error}") from None
-        known = {**options, **loaded}
-        engine = arguments.get("engine", self.defaults.get("engine", "chees"))
-        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
-        own |= self.defaults.get(engine, {})
-        coords = _called(self.coords, known) or {}
-        reference = _called(self.reference, known)
-        posterior = pirl.fit(
-            self.model,
-            model_kwargs=loaded,
-            **{"coords": coords, "dims": self.dims, **own, **arguments, "engine": engine},
-        )
-        if posterior is None:
-            return None
-        posterior.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
-        if reference is not None:
-            posterior.attrs["reference"] = json.dumps(reference)
-        for name, label in self.labels.items():
-            if name in posterior["posterior"]:
-                posterior["posterior"][name].attrs["long_name"] = label
-        return posterior
-
-
-def _called(function: Callable[..., Any] | None, known: Mapping[str, Any]) -> Any:
-    """Call with what its parameters name; parameters with a default may be unknown."""
-    if function is None:
-        return None
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return function(**known)
-    return function(**{parameter.name: known[parameter.name] for parameter in parameters if parameter.name in known})
-
-
-def _converted(text: str, hint: Any) -> Any:
-    """Convert a text to an annotated type; ValueError where it does not fit."""
-    if typing.get_origin(hint) is typing.Literal:
-        fitting = [value for value in typing.get_args(hint) if str(value) == text]
-        if not fitting:
-            raise ValueError
-        return fitting[0]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        if len(kinds) < len(typing.get_args(hint)) and text.lower() == "none":
-            return None
-        return _converted(text, kinds[0])
-    if hint is bool:
-        if text.lower() not in TRUE + FALSE:
-            raise ValueError
-        return text.lower() in TRUE
-    return hint(text)
-
-
-def _words(hint: Any) -> str:
-    """A type in words, for messages."""
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join("none" if kind is type(None) else _words(kind) for kind in typing.get_args(hint))
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _device(name: str | None) -> str | None:
@@ -373,7 +252,7 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
         problem = "it is a folder" if path.is_dir() else f"folder {folder} is read-only"
         raise OptionError(f"{path} cannot be written: {problem}; name another file")
     if suffixes and path.suffix.lower() not in suffixes:
-        raise OptionError(f"{path} has no known image format: let its name end in {', '.join(suffixes)}")
+        raise OptionError(f"{path} has no known format: let its name end in {', '.join(suffixes)}")
 
 
 @contextmanager

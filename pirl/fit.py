@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ from pirl.errors import OptionError
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
-from pirl.infer.engine import START_STREAM, own_generator, reseed
+from pirl.infer.engine import START_STREAM, one_thread, own_generator, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
+from pirl.posterior import identified
 
 if TYPE_CHECKING:
     import xarray
@@ -53,8 +55,9 @@ def fit(
     """Infer the posterior of a Pyro model and return everything that ArviZ can use.
 
     The result has the groups posterior, sample_stats, log_likelihood (of each observation), log_prior (of each latent
-    site), posterior_predictive, prior, prior_predictive, observed_data and constant_data. Dims are named after plates
-    and after ``infer={"dims": [...]}`` of the sites.
+    site), posterior_predictive, prior, prior_predictive, observed_data, constant_data, and identification (of each
+    latent element the share that no demonstration can show). Dims are named after plates and after
+    ``infer={"dims": [...]}`` of the sites.
 
     The run is float64 unless the first argument with a floating ``dtype`` says otherwise: torch's default dtype and
     device are set for the length of the call, so that ``dist.Normal(0.0, 1.0)`` in the model follows the data.
@@ -152,7 +155,10 @@ def fit(
             dims=dims or {},
             log_likelihood=log_likelihood,
         )
+        told, numbers = _identification(model, args, kwargs, potential, groups["posterior"])
+    blind = [name for name, site in potential.latent.items() if not site.identified]
     groups["constant_data"] = constant
+    groups["identification"] = told
     groups |= draws.extra
     attrs = {
         "model": name,
@@ -168,8 +174,30 @@ def fit(
         "sampling_time": sampled - began,
         "wall_time": time.perf_counter() - began,
         **draws.attrs,
+        **numbers,
+        **({"unidentified_sites": json.dumps(blind)} if blind else {}),
     }
     return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
+
+
+def _identification(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], potential: Potential, posterior: Named
+) -> tuple[Named, dict[str, int | float]]:
+    """The group identification, and numbers for the attributes; empty for models of which it cannot be told."""
+    import pyro
+
+    draws = {name: torch.as_tensor(posterior[name][1], device=torch.empty(0).device) for name in potential.latent}
+    with one_thread(), pyro.validation_enabled(False):
+        found = identified(model, args, kwargs, draws)
+    if found is None:
+        return {}, {}
+    group: Named = {name: (posterior[name][0][2:], share) for name, share in found.share.items()}
+    return group, {
+        "identified_directions": found.num_directions,
+        "num_directions": found.num_parameters,
+        "identified_rhat": found.rhat,
+        "identified_ess": found.ess,
+    }
 
 
 def _own_device(device: torch.device | str) -> torch.device:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # A parameter with more elements belongs in a figure.
 MOST_ROWS = 40
 
+LEAST_SHARE = 0.01
+"""Part of a parameter, in units of its sd, that may be unidentified without a mark."""
+
 
 def print_summary(posterior: xarray.DataTree) -> None:
     """Print a posterior's table, what to think of its convergence, and what was run."""
@@ -30,21 +33,48 @@ def print_summary(posterior: xarray.DataTree) -> None:
     table.add_column("", no_wrap=True)
     for column in [*columns, reference["label"]] if reference else columns:
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
-    for row in _rows(posterior["posterior"].to_dataset(), reference or {}):
+    blind = json.loads(posterior.attrs.get("unidentified_sites", "[]"))
+    shown = posterior["posterior"].to_dataset().drop_vars(blind)
+    for row in _rows(shown, reference or {}, _unidentified(posterior)):
         table.add_row(*map(Text, row))  # not str, in which "weights[a]" would be markup
     Console(highlight=False).print(table)
-    large = [f"{name} {data.shape[2:]}" for name, data in posterior["posterior"].data_vars.items() if _is_large(data)]
+    large = [f"{name} {data.shape[2:]}" for name, data in shown.data_vars.items() if _is_large(data)]
     print()
     if large:
         print(f"Not shown for its size: {', '.join(large)}.")
-    print(verdict(posterior), _what_was_run(posterior), sep="\n")
+    if blind:
+        print(f"Not shown, since only what is computed from them is identified: {', '.join(blind)}.")
+    print(*filter(None, [_what_is_identified(posterior)]), verdict(posterior), _what_was_run(posterior), sep="\n")
 
 
 def _is_large(data: xarray.DataArray) -> bool:
     return data[0, 0].size > MOST_ROWS
 
 
-def _rows(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> Iterator[list[str]]:
+def _unidentified(posterior: xarray.DataTree) -> dict[str, np.ndarray]:
+    """Of each parameter, which elements have a part in a direction that no demonstration can show."""
+    if "identification" not in posterior.children:
+        return {}
+    shares = posterior["identification"].data_vars.items()
+    return {str(name): share.values.ravel() > LEAST_SHARE for name, share in shares}
+
+
+def _what_is_identified(posterior: xarray.DataTree) -> str:
+    """Explain the stars, and say how well chains agree on what is identified; empty where everything is."""
+    attrs = posterior.attrs
+    missing = int(attrs.get("num_directions", 0)) - int(attrs.get("identified_directions", 0))
+    if not missing or "unidentified_sites" in attrs:
+        return ""
+    return (
+        f"* not identified, or in part: {missing} of {attrs['num_directions']} directions of the parameters change no "
+        f"choice, whatever the data; there the posterior is the prior. On what is identified R-hat is at most "
+        f"{float(attrs['identified_rhat']):.3f}, bulk ESS at least {float(attrs['identified_ess']):.0f}."
+    )
+
+
+def _rows(
+    posterior: xarray.Dataset, reference: Mapping[str, Any], unidentified: Mapping[str, np.ndarray]
+) -> Iterator[list[str]]:
     """One row of texts a parameter: the columns of :func:`print_summary`."""
     for name, data in posterior.data_vars.items():
         if _is_large(data):
@@ -52,6 +82,7 @@ def _rows(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> Iterator[l
         values = data.values.reshape(*data.shape[:2], -1).astype(float)
         published = np.ravel(reference.get("values", {}).get(name, np.nan))
         errors = np.ravel(reference.get("standard_errors", {}).get(name, np.nan))
+        blind = unidentified.get(str(name), np.zeros(values.shape[-1], bool))
         checks = np.stack([ess_bulk(values), ess_tail(values), rhat(values)], axis=1)
         for i, label in enumerate(element_names(data)):
             draws = values[..., i].ravel()
@@ -59,7 +90,7 @@ def _rows(posterior: xarray.Dataset, reference: Mapping[str, Any]) -> Iterator[l
             # Two or three digits of the standard deviation say all that there is to say.
             places = int(np.clip(2 - np.floor(np.log10(sd)), 0, 6)) if sd > 0 else 3
             numbers = [draws.mean(), sd, *np.quantile(draws, [0.05, 0.5, 0.95])]
-            row = [label, *(f"{x:.{places}f}" for x in numbers)]
+            row = [label + "*" * int(blind[i]), *(f"{x:.{places}f}" for x in numbers)]
             # A constant has neither.
             row += ["-" if np.isnan(x) else f"{x:.{digits}f}" for x, digits in zip(checks[i], (0, 0, 3), strict=True)]
             if len(data) == 1:  # R-hat compares chains; independent draws of an approximation are one chain.

@@ -79,7 +79,7 @@ def test_the_model_is_simulated_without_its_observations() -> None:
     seen.clear()
     result = fit(model, *inputs(), **TINY)
     blind = [hidden for hidden, _, _ in seen]
-    assert blind[0] is False and blind[-1] is True
+    assert blind[0] is False and True in blind
     assert result.posterior_predictive["values"].dims == ("chain", "draw", "episode")
     assert dict(result.prior_predictive.sizes) == {"chain": 1, "draw": 3, "episode": 3}
 
@@ -138,7 +138,7 @@ def test_keyword_recordings_are_hidden_too() -> None:
     recordings, world, features = inputs()
     seen.clear()
     fit(model, world=world, features=features, recordings=recordings, **TINY)
-    assert seen[-1][0] is True
+    assert True in [hidden for hidden, _, _ in seen]
 
 
 def test_modules_among_the_arguments_are_copied() -> None:

@@ -20,6 +20,17 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert len(done.stdout.strip("[]\n").split()) == 3
 
 
+def test_the_comparison_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    example = next(block for block in blocks if "pirl.fit" in block).replace("num_samples=200", "num_samples=40")
+    comparison = next(block for block in blocks if "pirl.compare" in block)
+    program = f"{example}\nheld_out = demos[:5]\n{comparison}\nprint(list(table.index))"
+    # Of so few draws leave-one-out says that it is not to be trusted.
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "posterior: mean policy" in done.stdout and "truth" in done.stdout
+
+
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     commands = re.findall(r"^    make (\w+)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert commands == ["bus", "test"]

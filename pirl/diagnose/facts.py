@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -71,8 +72,15 @@ class Facts:
         return Elements.of(posterior[sampled or list(posterior.data_vars)])
 
     @cached_property
+    def judged(self) -> xarray.Dataset:
+        """The variables by which chains are judged: not those that are known only through others."""
+        posterior = self.posterior["posterior"].to_dataset()
+        blind = set(json.loads(self.attrs.get("unidentified_sites", "[]")))
+        return posterior[[name for name in posterior.data_vars if name not in blind] or list(posterior.data_vars)]
+
+    @cached_property
     def elements(self) -> Elements:
-        return Elements.of(self.posterior["posterior"].to_dataset())
+        return Elements.of(self.judged)
 
     @cached_property
     def stuck(self) -> list[int]:
@@ -106,7 +114,7 @@ class Facts:
         chains = [c for c in range(self.chains) if c not in self.stuck]
         if not self.stuck or not chains or self.superchains:
             return list(range(self.chains)), self.elements
-        return chains, Elements.of(self.posterior["posterior"].to_dataset().isel(chain=chains))
+        return chains, Elements.of(self.judged.isel(chain=chains))
 
     @cached_property
     def convergence(self) -> Convergence:

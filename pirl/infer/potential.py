@@ -38,7 +38,9 @@ class Site:
     """One sample site of a model: what it is, its shape, and the names of its dims.
 
     ``kind`` is "latent", "observed", "deterministic" or "factor". ``plates`` maps a batch dim, counted from the right
-    (-1, -2, ...), to the name of its plate; ``dims`` names the last dims of the value.
+    (-1, -2, ...), to the name of its plate; ``dims`` names the last dims of the value. A site that is not
+    ``identified`` (``infer={"identified": False}``: weights of a network, say) is known only through what is computed
+    from it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Site:
     dims: tuple[str, ...]
     unconstrained_shape: torch.Size = torch.Size()
     value: Tensor | None = None
+    identified: bool = True
 
 
 def _is_real(support: constraints.Constraint) -> bool:
@@ -367,7 +370,17 @@ def _survey_once(
         unconstrained = bijection(fn).inv(value).shape if kind == "latent" else torch.Size()
         plates = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.dim is not None}
         observed = value.detach() if kind == "observed" else None
-        sites[name] = Site(name, kind, value.shape, fn.event_dim, plates, tuple(dims), unconstrained, observed)
+        sites[name] = Site(
+            name,
+            kind,
+            value.shape,
+            fn.event_dim,
+            plates,
+            tuple(dims),
+            unconstrained,
+            observed,
+            node["infer"].get("identified", True),
+        )
     if not any(site.kind == "latent" for site in sites.values()):
         raise ModelError("the model has no latent site: give a parameter a prior with pyro.sample(name, prior)")
     return sites, params, subsampled

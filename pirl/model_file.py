@@ -1,0 +1,200 @@
+"""Model files: Python files with a Pyro program, its data and its words, which the command line runs by their path.
+
+A model file is a Python file with
+
+- ``model(...)``, a Pyro program;
+- ``load(**options)``, which returns the named arguments of ``model``; its annotated keyword parameters (str, int,
+  float, bool, Path, Literal, or one of these or None) are what ``--set key=value`` sets;
+
+and, where they help,
+
+- ``coords(...)``, which returns labels by dim;
+- ``reference(...)``, which returns published or true values to print beside the posterior, or None:
+  ``{"label": "Rust (1987)", "values": {"RC": 10.075}, "standard_errors": {"RC": 1.582}}``. Values have the shape of the
+  parameter; standard errors may be missing;
+- ``truth(...)``, which returns the true reward ``[S, A]`` or ``[S, 1]`` where it is known, for comparisons;
+- ``dims``, a dict from arguments to the names of their dims;
+- ``labels``, a dict from parameters to words and units for figures;
+- ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
+  ``{"engine": "nuts", "nuts": {"full_mass": True}}``.
+
+``coords``, ``reference`` and ``truth`` are called with those options and arguments that their parameters name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pirl.errors import OptionError
+from pirl.fit import fit
+
+if TYPE_CHECKING:
+    import xarray
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file, imported: see the head of this module for what it may define."""
+
+    path: Path
+    model: Callable[..., Any]
+    load: Callable[..., Mapping[str, Any]]
+    title: str = ""
+    coords: Callable[..., Mapping[str, Any]] | None = None
+    reference: Callable[..., Mapping[str, Any] | None] | None = None
+    truth: Callable[..., Any] | None = None
+    dims: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> ModelFile:
+        """Import a model file by its path.
+
+        Raises:
+            OptionError: there is no such file, it is not Python, or it lacks ``model`` or ``load``.
+        """
+        if path.suffix != ".py" or not path.is_file():
+            problem = "is not a file" if not path.is_file() else "does not end in .py"
+            raise OptionError(f"{path} {problem}: give the path of a model file, such as models/bus_engine.py")
+        name = f"pirl_model_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        # Registered, as dataclasses and pickles look their module up; under a name that shadows nothing.
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except SyntaxError as error:
+            raise OptionError(f"{path} is not Python: {error.msg} in line {error.lineno}") from None
+        for needed in ("model", "load"):
+            if not callable(getattr(module, needed, None)):
+                raise OptionError(
+                    f"{path} has no function {needed}(...): a model file defines model(...) and load(...)"
+                )
+        names = ("model", "load", "coords", "reference", "truth", "dims", "labels", "defaults")
+        found = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
+        return cls(path, title=(module.__doc__ or path.stem).strip().splitlines()[0], **found)
+
+    def options(self, settings: list[str]) -> dict[str, Any]:
+        """All options of ``load``: its defaults, and what ``key=value`` texts say, converted to the annotated types.
+
+        Raises:
+            OptionError: an unknown key, a value of another type, or a missing one; names the keys.
+        """
+        hints = typing.get_type_hints(self.load)
+        parameters = inspect.signature(self.load).parameters
+        known = ", ".join(f"{name} ({_words(hints.get(name, str))})" for name in parameters) or "none"
+        given = {}
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals or key not in parameters:
+                problem = f"has no option {key!r}" if equals else f"needs --set KEY=VALUE, not {setting!r}"
+                raise OptionError(f"{self.path} {problem}; its options are {known}")
+            try:
+                given[key] = _converted(text, hints.get(key, str))
+            except ValueError:
+                raise OptionError(f"--set {setting}: {key} must be {_words(hints.get(key, str))}") from None
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        options = {**defaults, **given}
+        for name, value in options.items():
+            if value is inspect.Parameter.empty:
+                raise OptionError(
+                    f"{self.path} needs --set {name}=VALUE, where {name} is {_words(hints.get(name, str))}"
+                )
+        return options
+
+    def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``load`` returns: the named arguments of the model.
+
+        Raises:
+            OptionError: they do not fit the model.
+        """
+        loaded = dict(self.load(**options))
+        try:
+            inspect.signature(self.model).bind(**loaded)
+        except TypeError as error:
+            raise OptionError(f"{self.path}: what load() returns does not fit model(): {error}") from None
+        return loaded
+
+    def known_truth(self, known: Mapping[str, Any]) -> Any:
+        """The true reward, or None."""
+        return _called(self.truth, known)
+
+    def fit(
+        self, options: Mapping[str, Any], arguments: Mapping[str, Any], loaded: Mapping[str, Any] | None = None
+    ) -> xarray.DataTree | None:
+        """Load (unless ``loaded``), fit, and note in the posterior what was fitted, its labels and reference values.
+
+        None in a process of several that does not lead them.
+        """
+        loaded = self.arguments(options) if loaded is None else loaded
+        known = {**options, **loaded}
+        engine = arguments.get("engine", self.defaults.get("engine", "chees"))
+        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
+        own |= self.defaults.get(engine, {})
+        coords = _called(self.coords, known) or {}
+        reference = _called(self.reference, known)
+        posterior = fit(
+            self.model,
+            model_kwargs=loaded,
+            **{"coords": coords, "dims": self.dims, **own, **arguments, "engine": engine},
+        )
+        if posterior is None:
+            return None
+        posterior.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
+        if reference is not None:
+            posterior.attrs["reference"] = json.dumps(reference)
+        for name, label in self.labels.items():
+            if name in posterior["posterior"]:
+                posterior["posterior"][name].attrs["long_name"] = label
+        return posterior
+
+
+def _called(function: Callable[..., Any] | None, known: Mapping[str, Any]) -> Any:
+    """Call with what its parameters name; parameters with a default may be unknown."""
+    if function is None:
+        return None
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return function(**known)
+    return function(**{parameter.name: known[parameter.name] for parameter in parameters if parameter.name in known})
+
+
+def _converted(text: str, hint: Any) -> Any:
+    """Convert a text to an annotated type; ValueError where it does not fit."""
+    if typing.get_origin(hint) is typing.Literal:
+        fitting = [value for value in typing.get_args(hint) if str(value) == text]
+        if not fitting:
+            raise ValueError
+        return fitting[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if len(kinds) < len(typing.get_args(hint)) and text.lower() == "none":
+            return None
+        return _converted(text, kinds[0])
+    if hint is bool:
+        if text.lower() not in TRUE + FALSE:
+            raise ValueError
+        return text.lower() in TRUE
+    return hint(text)
+
+
+def _words(hint: Any) -> str:
+    """A type in words, for messages."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join("none" if kind is type(None) else _words(kind) for kind in typing.get_args(hint))
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))

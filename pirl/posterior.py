@@ -1,0 +1,229 @@
+"""What draws of a model's parameters mean: the rewards that they make, and what of them demonstrations determine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pirl.convergence import ess_bulk, rhat
+from pirl.distributions import TabularTrajectory
+from pirl.errors import ModelError, OptionError, PirlError
+from pirl.identify import Identification, unidentified
+from pirl.infer.engine import one_thread, own_generator
+
+if TYPE_CHECKING:
+    import xarray
+
+_BLOCK = 256
+# Beyond these, dense tables of directions cost more than they tell.
+_MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
+
+
+def reward_draws(
+    posterior: xarray.DataTree,
+    model: Callable[..., Any],
+    *args: Any,
+    site: str | None = None,
+    num_draws: int | None = None,
+    **kwargs: Any,
+) -> Float[Tensor, "D *batch S A"]:
+    """The reward under each draw of a posterior, by running the model with its latent sites given.
+
+    Args:
+        posterior: what :func:`pirl.fit` returned, of ``model(*args, **kwargs)``.
+        site: which trajectories' reward, where a model observes several.
+        num_draws: at most so many, evenly spaced over all chains.
+
+    Returns:
+        ``[D, S, A]`` or ``[D, S, 1]``; dimensions of 1 that stand for plates are left out, those of subjects or
+        environments stay.
+
+    Raises:
+        ModelError: the model observes no trajectories, or several and ``site`` does not say which.
+        OptionError: the posterior lacks a latent site of the model: it is of another one.
+
+    Example:
+        >>> posterior = pirl.fit(model, demos, mdp, features)
+        >>> reward_draws(posterior, model, demos, mdp, features).mean(0)
+    """
+    dataset = posterior["posterior"].to_dataset()
+    count = dataset.sizes["chain"] * dataset.sizes["draw"]
+    index = torch.linspace(0, count - 1, min(num_draws or count, count)).round().long()
+    dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
+    with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+        values = {
+            str(name): torch.as_tensor(data.values).flatten(0, 1)[index].to(dtype)
+            for name, data in dataset.data_vars.items()
+        }
+
+        def one(draw: Mapping[str, Tensor]) -> Tensor:
+            return _reward(model, args, kwargs, draw, site)
+
+        first = one({name: value[0] for name, value in values.items()})  # what is wrong is said here
+        try:
+            rewards = torch.func.vmap(one, chunk_size=_BLOCK)(values)
+        except Exception:  # what does not vmap is run draw by draw
+            rewards = torch.stack([one({name: value[i] for name, value in values.items()}) for i in range(len(index))])
+    singles = [dim for dim in range(1, first.dim() - 1) if first.shape[dim - 1] == 1]
+    return rewards.squeeze(singles) if singles else rewards
+
+
+class _Given(Messenger):
+    """Latent sites take the values given; the laws of trajectories are kept."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values, self.laws = values, dict[str, TabularTrajectory]()
+
+    def _process_message(self, message: Any) -> None:
+        if message["type"] != "sample" or message["is_observed"]:
+            return
+        if message["name"] in self.values:
+            message["value"], message["done"] = self.values[message["name"]], True
+
+    def _postprocess_message(self, message: Any) -> None:
+        if message["type"] != "sample":
+            return
+        fn = message["fn"]
+        while not isinstance(fn, TabularTrajectory) and hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, TabularTrajectory):
+            self.laws[message["name"]] = fn
+        elif message["infer"].get("_deterministic") or message["is_observed"] or message["name"] in self.values:
+            return
+        elif type(fn).__name__ != "_Subsample":
+            raise OptionError(
+                f"the posterior has no site {message['name']!r}: it is of another model, or of other arguments"
+            )
+
+
+def _laws(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draw: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The distributions of trajectories (TabularTrajectory) under one draw, by site."""
+    with _Given(draw) as given:
+        model(*args, **kwargs)
+    return given.laws
+
+
+def _reward(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    draw: Mapping[str, Tensor],
+    site: str | None,
+) -> Tensor:
+    laws = _laws(model, args, kwargs, draw)
+    if not laws:
+        raise ModelError("the model observes no trajectories of a TabularMDP, so that it has no reward to show")
+    if site is None and len(laws) > 1:
+        raise ModelError(f"the model observes several trajectories: choose site= of {', '.join(laws)}")
+    if site is not None and site not in laws:
+        raise ModelError(f"the model observes no trajectories at {site!r}: there are {', '.join(laws)}")
+    return laws[site or next(iter(laws))].reward
+
+
+# ------------------------------------------------------------------------------------------------ what is identified
+
+
+class Identified(NamedTuple):
+    """What demonstrations determine of a model's parameters, and how well chains agree on that part."""
+
+    share: dict[str, np.ndarray]
+    """Of each element of each latent site: the part of it that no demonstration shows, 0 to 1; in units of its sd."""
+    num_directions: int
+    """Number of identified directions of parameter space (near the posterior mean, where rewards are not linear)."""
+    num_parameters: int
+    rhat: float
+    """The largest R-hat of identified quantities: of those directions, or of the reward where it is not linear."""
+    ess: float
+    """Their smallest bulk effective sample size."""
+
+
+def identified(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
+) -> Identified | None:
+    """Compare the parameters of a model with what its demonstrations can show of its rewards (pirl.identify).
+
+    A direction of parameter space is not identified where the reward moves along directions that are not. None where
+    that cannot be told: no trajectories of a TabularMDP, or too many pairs or parameters, or derivatives that fail.
+
+    Args:
+        draws: of the latent sites, ``[chain, draw, *shape]``.
+    """
+    names = list(draws)
+    shapes = [draws[name].shape[2:] for name in names]
+    flat = torch.cat([draws[name].reshape(*draws[name].shape[:2], -1) for name in names], -1)  # [chain, draw, P]
+    spread = flat.flatten(0, 1).std(0)
+    if not 0 < flat.shape[-1] <= _MOST_PARAMETERS or not bool((spread > 0).all()):
+        return None
+    known: dict[str, Identification] = {}
+
+    def visible(vector: Tensor) -> Tensor:
+        """The canonical reward, of all sites, at one vector of parameters."""
+        parts = vector.split([shape.numel() for shape in shapes])
+        laws = _laws(model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, parts, shapes, strict=True)})
+        return torch.cat([known[name].identified(law.reward).flatten() for name, law in laws.items()])
+
+    mean = flat.mean((0, 1))
+    try:
+        with torch.no_grad():
+            start = mean.split([shape.numel() for shape in shapes])
+            for name, law in _laws(
+                model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, start, shapes, strict=True)}
+            ).items():
+                if law.reward.numel() > _MOST_PAIRS:
+                    return None
+                starts = "drawn" if law.starts is None else "given"
+                known[name] = unidentified(law.mdp, reading=law.reading, stopping=law.stopping, starts=starts)
+            if not known:
+                return None
+            slope, elsewhere = _jacobian(visible, mean), _jacobian(visible, flat[0, -1])
+    except (RuntimeError, NotImplementedError, PirlError):
+        return None
+    _, level, axes = torch.linalg.svd(slope * spread)
+    rank = int((level > 1e-8 * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())
+    share = axes[rank:].square().sum(0).split([shape.numel() for shape in shapes])
+    if torch.allclose(slope, elsewhere, rtol=1e-8, atol=1e-8 * float(slope.abs().amax())):
+        quantities = ((flat - mean) / spread) @ axes[:rank].mT
+    else:
+        with torch.no_grad():
+            values = torch.func.vmap(visible, chunk_size=_BLOCK)(flat.flatten(0, 1))
+        moving = values.std(0) > 1e-10 * values.abs().amax()
+        picked = moving.nonzero().flatten()[:: max(1, int(moving.sum()) // _MOST_QUANTITIES)]
+        quantities = values[:, picked].unflatten(0, flat.shape[:2])
+    table = quantities.double().cpu().numpy()
+    return Identified(
+        {name: x.reshape(s).cpu().numpy() for name, x, s in zip(names, share, shapes, strict=True)},
+        rank,
+        flat.shape[-1],
+        float(rhat(table).max()) if table.shape[-1] else math.nan,
+        float(ess_bulk(table).min()) if table.shape[-1] else math.nan,
+    )
+
+
+def _jacobian(function: Callable[[Tensor], Tensor], point: Float[Tensor, " P"]) -> Float[Tensor, "n P"]:
+    """Of n functions of few variables, by P reverse passes: the product with the Jacobian is linear in its weights."""
+    like = function(point)
+    pull = lambda weight: torch.func.vjp(function, point)[1](weight)[0]  # noqa: E731
+    return torch.func.jacrev(pull)(torch.zeros_like(like)).mT
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As in :func:`pirl.fit`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,159 @@
+"""Rewards of a posterior's draws, against the reward computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pirl
+from pirl import errors
+from pirl.datasets import simulate
+from pirl.envs import gridworld, gridworld_features
+from pirl.posterior import reward_draws
+from pirl.summary import print_summary
+
+F64 = torch.float64
+FEW: dict[str, Any] = {"engine": "laplace", "num_samples": 10, "num_prior": 0, "num_posterior_predictive": 0}
+
+
+@pytest.fixture(scope="module")
+def problem() -> tuple[pirl.Trajectories, pirl.TabularMDP, torch.Tensor]:
+    mdp = gridworld(4, 4, horizon=6)
+    features = gridworld_features(4, 4, 3)
+    return simulate(mdp, features @ torch.tensor([1.0, -1.0, 0.5], dtype=F64), 10, 6), mdp, features
+
+
+def linear(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: torch.Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    pyro.deterministic("largest", weights.max())
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxCausalEntTrajectory(mdp, scale * pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_rewards_are_those_of_the_draws(problem: Any) -> None:
+    posterior = pirl.fit(linear, *problem, **FEW)
+    found = reward_draws(posterior, linear, *problem)
+    parts = posterior["posterior"]
+    scale = parts["scale"].values.reshape(-1, 1, 1)
+    expected = scale * (parts["weights"].values.reshape(-1, 3) @ problem[2].numpy().T)[..., None]
+    np.testing.assert_allclose(found.numpy(), np.broadcast_to(expected, found.shape), rtol=1e-12)
+    assert found.shape == (parts.sizes["chain"] * parts.sizes["draw"], 16, 5)
+    some = reward_draws(posterior, linear, *problem, num_draws=3)
+    torch.testing.assert_close(some, found[[0, round((len(found) - 1) / 2), -1]], rtol=1e-12, atol=0)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def subjects(demos: pirl.Trajectories, mdp: pirl.TabularMDP) -> None:
+    with pyro.plate("subject", 2, dim=-2):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    reward = level.unsqueeze(-1).unsqueeze(-1) * torch.arange(16.0).unsqueeze(-1)
+    with pyro.plate("subject again", 2, dim=-2), pyro.plate("episode", len(demos), dim=-1):
+        law = pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_subjects_keep_their_dimension(problem: Any) -> None:
+    posterior = pirl.fit(subjects, *problem[:2], **FEW)
+    found = reward_draws(posterior, subjects, *problem[:2])
+    level = posterior["posterior"]["level"].values.reshape(-1, 2, 1, 1)
+    np.testing.assert_allclose(found, np.broadcast_to(level * np.arange(16.0)[:, None], found.shape), rtol=1e-12)
+
+
+def branching(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: torch.Tensor) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    reward = features @ (torch.ones(3) * (x if float(x.detach()) > 0 else -x))
+    with pyro.plate("episode", len(demos)):
+        pyro.sample(
+            "trajectories", pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths), obs=demos.as_tensor()
+        )
+
+
+def test_models_that_do_not_vmap_are_run_draw_by_draw(problem: Any) -> None:
+    posterior = pirl.fit(branching, *problem, engine="nuts", num_chains=1, num_warmup=5, num_samples=4, progress=False,
+                         num_prior=0, num_posterior_predictive=0)  # fmt: skip
+    found = reward_draws(posterior, branching, *problem)
+    expected = np.abs(posterior["posterior"]["x"].values.ravel())[:, None] * problem[2].numpy().sum(1)
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-12)
+
+
+def two(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: torch.Tensor) -> None:
+    linear(demos, mdp, features)
+    with pyro.plate("more", len(demos)):
+        law = pirl.MaxEntTrajectory(mdp, features @ torch.ones(3), lengths=demos.lengths)
+        pyro.sample("others", law, obs=demos.as_tensor())
+
+
+def test_what_has_no_reward_is_refused(problem: Any) -> None:
+    posterior = pirl.fit(linear, *problem, **FEW)
+    with pytest.raises(errors.ModelError, match="choose site= of trajectories, others"):
+        reward_draws(posterior, two, *problem)
+    other = reward_draws(posterior, two, *problem, site="others")
+    torch.testing.assert_close(other, problem[2].sum(1)[:, None].expand_as(other))
+    with pytest.raises(errors.ModelError, match="no trajectories at 'rest'"):
+        reward_draws(posterior, two, *problem, site="rest")
+    with pytest.raises(errors.OptionError, match="has no site 'x'"):
+        reward_draws(posterior, branching, *problem)
+
+    def empty() -> None:
+        pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+
+    with pytest.raises(errors.ModelError, match="observes no trajectories"):
+        reward_draws(posterior, empty)
+
+
+# ------------------------------------------------------------------------------------------------ what is identified
+
+
+def with_a_constant(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: torch.Tensor, scaled: bool) -> None:
+    """A constant reward changes nothing; nor does a scale that the weights make good."""
+    count = features.shape[-1]
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([count]).to_event(1), infer={"dims": ["feature"]})
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3)) if scaled else 1.0
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxCausalEntTrajectory(mdp, scale * pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+CHEES: dict[str, Any] = {"num_chains": 16, "num_warmup": 60, "num_samples": 40, "num_prior": 0, "progress": False,
+                         "num_posterior_predictive": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled, rank", [(False, 3), (True, 3)])
+def test_unidentified_directions_are_told(problem: Any, scaled: bool, rank: int, capsys: Any) -> None:
+    demos, mdp, features = problem
+    whole = torch.cat([features, torch.ones(16, 1, dtype=F64)], -1)
+    posterior = pirl.fit(with_a_constant, demos, mdp, whole, scaled, **CHEES)
+    shares = posterior["identification"]["weights"].values
+    assert posterior.attrs["identified_directions"] == rank
+    assert posterior.attrs["num_directions"] == 4 + scaled
+    assert shares[3] == pytest.approx(1.0, abs=1e-8)
+    if scaled:  # what the scale gains, all weights lose
+        assert (shares[:3] > 1e-3).all() and 0.1 < float(posterior["identification"]["scale"]) < 1
+    else:
+        assert shares[:3] == pytest.approx(0.0, abs=1e-10)
+        # The chains' agreement is that on the other three weights, in whatever basis.
+        assert posterior.attrs["identified_rhat"] < 1.1
+    assert 0 < posterior.attrs["identified_ess"] < 3 * 16 * 40
+    print_summary(posterior)
+    printed = capsys.readouterr().out
+    assert "weights[3]*" in printed and f"{1 + scaled} of {4 + scaled} directions" in printed
+    assert ("scale*" in printed) == scaled
+
+
+def test_nothing_is_marked_where_all_is_identified(problem: Any, capsys: Any) -> None:
+    posterior = pirl.fit(with_a_constant, *problem, False, **CHEES)
+    assert posterior.attrs["identified_directions"] == posterior.attrs["num_directions"] == 3
+    print_summary(posterior)
+    assert "*" not in capsys.readouterr().out
+
+
+def test_posteriors_of_other_models_say_nothing_of_it() -> None:
+    posterior = pirl.fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), **FEW)
+    assert "identification" not in posterior.children and "identified_rhat" not in posterior.attrs
