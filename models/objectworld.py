@@ -105,6 +105,11 @@ def reference(size: int, num_objects: int, num_colours: int, sharpness: float, s
     return {"label": "truth", "values": {"reward": centred(truth).tolist()}}
 
 
+def truth(size: int, num_objects: int, num_colours: int, sharpness: float, seed: int) -> Tensor:
+    """The reward that the demonstrators had."""
+    return true_reward(size, num_objects, num_colours, sharpness, seed)[1]
+
+
 if __name__ == "__main__":
     from pirl.cli import fit_module
 

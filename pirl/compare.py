@@ -42,6 +42,8 @@ COLUMNS = {
 }
 """Columns of the table, and what they are called in words."""
 
+_AT_ONCE = 2**26
+
 WIDTH = 120
 """Characters of a printed line: a narrower terminal wraps it, which is better than to lose numbers."""
 
@@ -87,7 +89,8 @@ def compare(
     - ``log_likelihood``: mean log pi(a|s) of the held-out decisions by the *soft* policy that a row predicts (nats),
       with a bootstrap interval over episodes;
     - ``evd``: how much of the best return under the true reward is lost by who *acts* on a row: by the optimal policy
-      of its reward (of a drawn one for the predictive mixture), or by the policy itself where there is no reward;
+      of its reward (of a drawn one for the predictive mixture), or by the policy itself where that is the answer (mean
+      policy, risk-averse policy, max-margin's mixture, cloning);
     - ``epic``: EPIC distance of its reward from the true one, averaged over draws for the predictive mixture;
     - ``feature_gap``: distance of the soft policy's (discounted) features from those of the held-out demonstrations;
     - ``time``: seconds that it took to make; ``loo``, ``loo_se``: expected log predictive density, PSIS leave-one-out.
@@ -119,10 +122,13 @@ def compare(
     rows: dict[str, _Row] = {}
     for name, entry in entries.items():
         if isinstance(entry, PointEstimate):
+            if mdp.horizon is None and entry.log_policy.dim() == 3:
+                raise OptionError(f"the policy of {name!r} depends on time, but the problem has no horizon")
             rows[name] = _of_estimate(entry, mdp)
             continue
         draws, time, loo = _draws_of(name, entry, (rewards or {}).get(name), mdp)
-        index = torch.linspace(0, len(draws) - 1, min(num_draws, len(draws))).round().long()
+        room = max(10, _AT_ONCE // (draws[0].numel() * (mdp.horizon or 1)))  # policies by time of all draws
+        index = torch.linspace(0, len(draws) - 1, min(num_draws, len(draws), room)).round().long()
         for what, row in _of_posterior(draws[index], mdp, reading, stopping, risk_level):
             rows[f"{name}: {what}"] = _Row(row.predicts, row.acts, row.rewards, None, time, loo)
     if truth is not None:
@@ -250,7 +256,7 @@ def _describe(
             shares = policies.new_full((len(policies),), 1 / len(policies)) if row.shares is None else row.shares
     if row.predicts is not None and shares is not None:
         each = _by_episode(row.predicts, shares, demos, mdp)
-        number = demos.lengths.double().numpy()
+        number = demos.lengths.double().cpu().numpy()
         found["log_likelihood"] = float(each.sum() / number.sum())
         low, high = _bootstrap(each, number, num_bootstrap, level, seed)
         found["log_likelihood_low"], found["log_likelihood_high"] = low, high
@@ -260,13 +266,13 @@ def _describe(
         if row.acts is not None and shares is not None:
             found["evd"] = float(shares @ expected_value_difference(mdp, truth, policy=row.acts))
         if row.rewards is not None:
-            found["epic"] = float(epic_distance(mdp, row.rewards, truth).mean())
+            found["epic"] = float(epic_distance(mdp, row.rewards.unsqueeze(-1), truth.unsqueeze(-1)).mean())
     return found
 
 
 def _by_episode(log_policies: Tensor, shares: Tensor, demos: Trajectories, mdp: TabularMDP) -> np.ndarray:
     """Log-likelihood of the choices of each episode, whose policy is drawn by ``shares``."""
-    horizon = mdp.horizon if log_policies.dim() == 4 else None
+    horizon = log_policies.shape[1] if log_policies.dim() == 4 else None
     each = held_out_log_likelihood(log_policies, demos, horizon=horizon).episodes
     return torch.logsumexp(each + shares.log().unsqueeze(-1), 0).double().cpu().numpy()
 
@@ -290,7 +296,7 @@ def against_point_estimates(
 
     Args:
         file: one whose ``load`` returns one :class:`pirl.Trajectories` and one :class:`pirl.TabularMDP`; and
-            "features", which point estimates need, and "reading", where there are.
+            "features", which point estimates need, "reading" and "stopping", where there are.
         options: of ``load``.
         arguments: of :func:`pirl.fit`.
         hold_out: share of the episodes that is held out, drawn by ``seed``.
@@ -310,13 +316,13 @@ def against_point_estimates(
     posterior = file.fit(options, arguments, trained)
     if posterior is None:
         raise OptionError("pirl compare runs in one process: start it without torchrun")
-    features, reading = loaded.get("features"), loaded.get("reading", "causal")
+    features, reading, stopping = loaded.get("features"), loaded.get("reading", "causal"), loaded.get("stopping")
     entries: dict[str, Any] = {"posterior": posterior}
     methods: dict[str, Callable[[], PointEstimate]] = {"cloning": lambda: cloning(train, mdp)}
     if features is not None:
         methods = {
-            "MaxEnt likelihood": lambda: maxent(train, mdp, features, reading=reading),
-            "MaxEnt dual": lambda: maxent(train, mdp, features, objective="dual", reading=reading),
+            "MaxEnt likelihood": lambda: maxent(train, mdp, features, reading=reading, stopping=stopping),
+            "MaxEnt dual": lambda: maxent(train, mdp, features, objective="dual", reading=reading, stopping=stopping),
             "max-margin": lambda: max_margin(train, mdp, features),
             "structured margin": lambda: maximum_margin_planning(train, mdp, features),
             **methods,
@@ -328,7 +334,17 @@ def against_point_estimates(
             warnings.warn(f"{label} is left out: {error}", ConvergenceWarning, stacklevel=2)
     rewards = {"posterior": reward_draws(posterior, file.model, **trained)}
     truth = file.known_truth({**options, **loaded})
-    return compare(entries, test, mdp, rewards=rewards, truth=truth, features=features, reading=reading, seed=seed)
+    return compare(
+        entries,
+        test,
+        mdp,
+        rewards=rewards,
+        truth=truth,
+        features=features,
+        reading=reading,
+        stopping=stopping,
+        seed=seed,
+    )
 
 
 def _only(file: ModelFile, loaded: Mapping[str, Any], kind: type) -> tuple[str, Any]:

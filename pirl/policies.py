@@ -11,6 +11,7 @@ Draws of the reward ``[D, S, A]`` stand for the posterior. Which policy is best 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ConvergenceError, OptionError
+from pirl.errors import ConvergenceError, ConvergenceWarning, OptionError
 from pirl.mdp import TabularMDP
-from pirl.planning import optimal_policy
+from pirl.planning import discounted_occupancy, optimal_policy
 
 RISKS = ("cvar", "quantile")
-_MOST_ROUNDS = 50
+_MOST_ROUNDS, _MOST_PLANS = 50, 200
 
 
 class RiskAversePolicy(NamedTuple):
@@ -75,9 +76,10 @@ def risk_averse_policy(
     """The policy with the largest conditional value at risk, or quantile, of the return over draws of the reward.
 
     The conditional value at risk is the mean of the worst share ``level`` of the draws. Over occupancies rho it is the
-    linear program ``max z - 1/(level D) sum_d (z - <rho, r_d>)_+`` (Rockafellar and Uryasev 2000), solved exactly. The
-    quantile is not concave; from the policy of the first, and from the best on average, the worst draws are given up
-    and the smallest return of the others is raised, until that gains nothing: a local optimum.
+    linear program ``max z - 1/(level D) sum_d (z - <rho, r_d>)_+`` (Rockafellar and Uryasev 2000), solved plan by plan:
+    exactly, unless 200 plans do not suffice, of which a warning tells with a bound. The quantile is not concave; from
+    the policy of the first, and from the best on average, the worst draws are given up and the smallest return of the
+    others is raised, until that gains nothing: a local optimum.
 
     A return holds directions of the reward that demonstrations cannot determine (constants, shaping), where draws are
     those of the prior: ``of="regret"`` takes the best return under each draw from it, which leaves only differences
@@ -91,7 +93,8 @@ def risk_averse_policy(
 
     Raises:
         OptionError: an option out of range.
-        ConvergenceError: the linear program has no solution (discount 1, and some policy never ends).
+        ConvergenceError: the linear program has no solution.
+        DivergenceError: discount 1, no horizon, and some reward is collected for ever.
 
     Example:
         >>> mdp = pirl.TabularMDP(torch.ones(1, 2, 1).double(), initial=0, horizon=1)
@@ -114,81 +117,66 @@ def risk_averse_policy(
     if of == "regret":
         value = optimal_policy(mdp, picked).value
         best = (value if mdp.horizon is None else value[:, 0]) @ mdp.initial
-    program = _Occupancies(mdp, picked.flatten(1).double().cpu().numpy(), best.double().cpu().numpy())
+    plans = _Plans(mdp, picked, best)
     worst = max(1, round(level * count))
     if risk == "cvar":
-        visits, returns = program.largest(worst)
+        visits, returns = plans.largest(worst)
         attained = float(np.sort(returns)[:worst].mean())
     else:
-        found = [program.raised(*program.largest(start), worst - 1) for start in {worst, count}]
+        found = [plans.raised(*plans.largest(start), worst - 1) for start in {worst, count}]
         visits, returns = max(found, key=lambda pair: np.sort(pair[1])[worst - 1])
         attained = float(np.sort(returns)[worst - 1])
-    total = visits.sum(-1, keepdims=True)
-    prior = mdp.log_prior.exp().double().cpu().numpy()
+    total = visits.sum(-1, keepdim=True)
+    prior = mdp.log_prior.exp()
     # What is never reached may be left to the prior.
-    policy = np.where(total > 1e-12, visits / np.maximum(total, 1e-300), prior)
-    best_policy = torch.from_numpy(policy / policy.sum(-1, keepdims=True)).to(whole)
-    return RiskAversePolicy(
-        best_policy if mdp.horizon else best_policy[0], attained, torch.from_numpy(returns).to(whole)
-    )
+    policy = torch.where(total > 1e-12, visits / total.clamp(min=1e-12), prior)
+    policy = policy / policy.sum(-1, keepdim=True)
+    policy = policy if mdp.horizon else policy[0]
+    return RiskAversePolicy(policy, attained, torch.from_numpy(returns).to(whole))
 
 
-class _Occupancies:
-    """Linear programs over expected visits ``[T, S, A]`` (T = 1 stands for an infinite horizon)."""
+class _Plans:
+    """Mixtures of deterministic plans, of which a linear program asks for the next (column generation).
 
-    def __init__(self, mdp: TabularMDP, rewards: np.ndarray, best: np.ndarray) -> None:
-        from scipy import sparse
+    The program's multipliers weigh the draws; a plan that is best for the reward weighed so, and no better than the
+    mixture, proves that no policy is.
+    """
 
-        transitions = mdp.transitions
-        pairs, states = mdp.available.numel(), mdp.num_states
-        self.shape = (mdp.horizon or 1, *mdp.available.shape)
-        self.rewards, self.best, self.size = rewards, best, self.shape[0] * pairs
-        row, column = transitions.row.cpu().numpy(), transitions.column.cpu().numpy()
-        onward = mdp.discount * sparse.coo_matrix(
-            (transitions.value.double().cpu().numpy(), (column, row)), shape=(states, pairs)
-        )
-        visited = sparse.kron(sparse.eye(states), np.ones((1, mdp.num_actions)))
-        # Visits are counted with their discount: what comes in (or was there at first) goes on.
-        steps = self.shape[0]
-        before = sparse.eye(1) if mdp.horizon is None else sparse.eye(steps, k=-1)
-        self.conserved = sparse.csr_matrix(sparse.kron(sparse.eye(steps), visited) - sparse.kron(before, onward))
-        self.start = np.zeros(steps * states)
-        self.start[:states] = mdp.initial.double().cpu().numpy()
-        allowed = np.tile(mdp.log_prior.isfinite().flatten().cpu().numpy(), steps)
-        self.bounds = [(0, None if free else 0) for free in allowed]
-        self.total = sparse.kron(np.ones((1, steps)), sparse.eye(pairs))
+    def __init__(self, mdp: TabularMDP, rewards: Float[Tensor, "D S A"], best: Float[Tensor, " D"]) -> None:
+        self.mdp, self.rewards, self.best = mdp, rewards, best
+        self.visits: list[Tensor] = []
+        self.returns = np.zeros((0, len(rewards)))
+        self._add(rewards.mean(0))
 
-    def largest(self, worst: int, kept: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _add(self, reward: Float[Tensor, "S A"]) -> np.ndarray:
+        """The best plan for a reward: keep it, and say what it returns under each draw."""
+        visits = _visits(self.mdp, optimal_policy(self.mdp, reward).policy)
+        returns = torch.einsum("sa,dsa->d", visits.sum(0), self.rewards) - self.best
+        self.visits.append(visits)
+        self.returns = np.concatenate([self.returns, returns.double().cpu().numpy()[None]])
+        return self.returns[-1]
+
+    def largest(self, worst: int, kept: np.ndarray | None = None) -> tuple[Tensor, np.ndarray]:
         """Maximise the mean of the ``worst`` smallest returns, of all draws or of those kept: visits, all returns."""
-        from scipy import sparse
-        from scipy.optimize import linprog
-
         index = np.arange(len(self.best)) if kept is None else kept
-        count, pairs = len(index), self.rewards.shape[1]
-        # Variables: visits by time; their sums over time w; the level z; shortfalls u_d >= z - (<w, r_d> - best_d).
-        equal = sparse.bmat([[self.conserved, None], [self.total, -sparse.eye(pairs)]], format="csr")
-        equal = sparse.hstack([equal, sparse.csr_matrix((equal.shape[0], 1 + count))], format="csr")
-        unequal = sparse.hstack(
-            [sparse.csr_matrix((count, self.size)), -self.rewards[index], np.ones((count, 1)), -sparse.eye(count)],
-            format="csr",
-        )
-        cost = np.concatenate([np.zeros(self.size + pairs), [-1.0], np.full(count, 1.0 / worst)])
-        bounds = [*self.bounds, *[(None, None)] * (pairs + 1), *[(0, None)] * count]
-        solved = linprog(
-            cost,
-            A_ub=unequal,
-            b_ub=-self.best[index],
-            A_eq=equal,
-            b_eq=np.concatenate([self.start, np.zeros(pairs)]),
-            bounds=bounds,
-            method="highs",
-        )
-        if solved.status != 0:
-            raise ConvergenceError(f"the linear program of the risk-averse policy has no solution: {solved.message}")
-        visits = solved.x[: self.size].clip(min=0).reshape(self.shape)
-        return visits, self.rewards @ visits.sum(0).flatten() - self.best
+        for _ in range(_MOST_PLANS):
+            share, weight, attained = _mixed(self.returns[:, index], worst)
+            reward = torch.einsum("d,dsa->sa", torch.from_numpy(weight).to(self.rewards), self.rewards[index])
+            offered = float(weight @ self._add(reward)[index])
+            if not offered > attained + 1e-9 * (1 + abs(attained)):
+                break
+        else:
+            warnings.warn(
+                f"after {_MOST_PLANS} plans the risk-averse policy attains {attained:.4g}, and none attains more than "
+                f"{offered:.4g}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        share = np.append(share, 0.0)  # of the plan that was not better
+        visits = torch.einsum("m,mtsa->tsa", torch.from_numpy(share).to(self.rewards), torch.stack(self.visits))
+        return visits, share @ self.returns
 
-    def raised(self, visits: np.ndarray, returns: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
+    def raised(self, visits: Tensor, returns: np.ndarray, below: int) -> tuple[Tensor, np.ndarray]:
         """Raise the return that ``below`` draws fall short of, as long as giving up other draws helps."""
         for _ in range(_MOST_ROUNDS):
             level = np.sort(returns)[below]
@@ -197,3 +185,31 @@ class _Occupancies:
                 break
             visits, returns = trial, now
         return visits, returns
+
+
+def _mixed(returns: np.ndarray, worst: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Shares of plans ``[M]`` with the best mean of ``worst`` returns, weights of the draws ``[D]``, and that mean."""
+    from scipy.optimize import linprog
+
+    plans, draws = returns.shape
+    # Variables: shares; the level z; shortfalls u_d >= z - sum_m share_m returns_md.
+    cost = np.concatenate([np.zeros(plans), [-1.0], np.full(draws, 1.0 / worst)])
+    unequal = np.hstack([-returns.T, np.ones((draws, 1)), -np.eye(draws)])
+    equal = np.concatenate([np.ones(plans), np.zeros(1 + draws)])[None]
+    bounds = [(0, None)] * plans + [(None, None)] + [(0, None)] * draws
+    solved = linprog(cost, A_ub=unequal, b_ub=np.zeros(draws), A_eq=equal, b_eq=[1.0], bounds=bounds, method="highs")
+    if solved.status != 0:
+        raise ConvergenceError(f"the linear program of the risk-averse policy has no solution: {solved.message}")
+    share = solved.x[:plans].clip(min=0)
+    return share / share.sum(), -solved.ineqlin.marginals, float(-solved.fun)
+
+
+def _visits(mdp: TabularMDP, policy: Tensor) -> Float[Tensor, "T S A"]:
+    """Expected discounted visits by time, or of all time (T = 1) where there is no horizon."""
+    if mdp.horizon is None:
+        return discounted_occupancy(mdp, policy).unsqueeze(0)
+    weight, steps = mdp.initial, []
+    for now in policy:
+        steps.append(weight.unsqueeze(-1) * now)
+        weight = mdp.discount * mdp.transitions.flow(steps[-1].reshape(-1, 1)).squeeze(-1)
+    return torch.stack(steps)

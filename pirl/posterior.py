@@ -19,6 +19,7 @@ from pirl.distributions import TabularTrajectory
 from pirl.errors import ModelError, OptionError, PirlError
 from pirl.identify import Identification, unidentified
 from pirl.infer.engine import one_thread, own_generator
+from pirl.mdp import TabularMDP
 
 if TYPE_CHECKING:
     import xarray
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _BLOCK = 256
 # Beyond these, dense tables of directions cost more than they tell.
 _MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
+_PRIOR_DRAWS = 400
 
 
 def reward_draws(
@@ -59,9 +61,11 @@ def reward_draws(
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     index = torch.linspace(0, count - 1, min(num_draws or count, count)).round().long()
     dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
-    with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+    devices = (getattr(x, "device", None) for x in [*args, *kwargs.values()])
+    device = next((x for x in devices if isinstance(x, torch.device)), torch.device("cpu"))
+    with device, _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         values = {
-            str(name): torch.as_tensor(data.values).flatten(0, 1)[index].to(dtype)
+            str(name): torch.as_tensor(data.values, device=device).flatten(0, 1)[index].to(dtype)
             for name, data in dataset.data_vars.items()
         }
 
@@ -139,7 +143,7 @@ class Identified(NamedTuple):
     """What demonstrations determine of a model's parameters, and how well chains agree on that part."""
 
     share: dict[str, np.ndarray]
-    """Of each element of each latent site: the part of it that no demonstration shows, 0 to 1; in units of its sd."""
+    """Of each element of each latent site: the share of its prior variance that no demonstrations can take away."""
     num_directions: int
     """Number of identified directions of parameter space (near the posterior mean, where rewards are not linear)."""
     num_parameters: int
@@ -154,8 +158,11 @@ def identified(
 ) -> Identified | None:
     """Compare the parameters of a model with what its demonstrations can show of its rewards (pirl.identify).
 
-    A direction of parameter space is not identified where the reward moves along directions that are not. None where
-    that cannot be told: no trajectories of a TabularMDP, or too many pairs or parameters, or derivatives that fail.
+    A direction of parameter space is not identified where the reward moves along directions that are not. What stays
+    unknown of a parameter is its prior variance given all that is identified, which is little for the mean of many
+    subjects, say, though with it their deviations could make any reward. (Exact for normal priors and rewards that are
+    linear in the parameters; else an approximation near the posterior mean.) None where that cannot be told: no
+    trajectories of a TabularMDP, too many pairs or parameters, or derivatives that fail.
 
     Args:
         draws: of the latent sites, ``[chain, draw, *shape]``.
@@ -184,15 +191,18 @@ def identified(
                 if law.reward.numel() > _MOST_PAIRS:
                     return None
                 starts = "drawn" if law.starts is None else "given"
-                known[name] = unidentified(law.mdp, reading=law.reading, stopping=law.stopping, starts=starts)
+                own = [law.mdp] if law.horizons is None else _with_horizons(law.mdp, law.horizons)
+                known[name] = unidentified(own, reading=law.reading, stopping=law.stopping, starts=starts)
             if not known:
                 return None
             slope, elsewhere = _jacobian(visible, mean), _jacobian(visible, flat[0, -1])
+            prior = _prior_covariance(_prior_draws(model, args, kwargs, names, _PRIOR_DRAWS).to(flat))
     except (RuntimeError, NotImplementedError, PirlError):
         return None
     _, level, axes = torch.linalg.svd(slope * spread)
     rank = int((level > 1e-8 * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())
-    share = axes[rank:].square().sum(0).split([shape.numel() for shape in shapes])
+    share = _prior_share(prior, axes[:rank] / spread)
+    parts = share.split([shape.numel() for shape in shapes])
     if torch.allclose(slope, elsewhere, rtol=1e-8, atol=1e-8 * float(slope.abs().amax())):
         quantities = ((flat - mean) / spread) @ axes[:rank].mT
     else:
@@ -203,12 +213,46 @@ def identified(
         quantities = values[:, picked].unflatten(0, flat.shape[:2])
     table = quantities.double().cpu().numpy()
     return Identified(
-        {name: x.reshape(s).cpu().numpy() for name, x, s in zip(names, share, shapes, strict=True)},
+        {name: x.reshape(s).cpu().numpy() for name, x, s in zip(names, parts, shapes, strict=True)},
         rank,
         flat.shape[-1],
         float(rhat(table).max()) if table.shape[-1] else math.nan,
         float(ess_bulk(table).min()) if table.shape[-1] else math.nan,
     )
+
+
+def _with_horizons(mdp: TabularMDP, horizons: Tensor) -> list[TabularMDP]:
+    """The problem as each kind of demonstrator knew it."""
+    return [mdp if horizon < 0 else mdp.replace(horizon=horizon) for horizon in horizons.unique().tolist()]
+
+
+def _prior_draws(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str], count: int
+) -> Float[Tensor, "n P"]:
+    """Flat draws of the latent sites from the prior."""
+
+    def one() -> Tensor:
+        with pyro.poutine.trace() as traced:
+            model(*args, **kwargs)
+        return torch.cat([traced.trace.nodes[name]["value"].reshape(-1) for name in names])
+
+    return torch.stack([one() for _ in range(count)])
+
+
+def _prior_covariance(draws: Float[Tensor, "n P"]) -> Float[Tensor, "P P"]:
+    """Of draws; correlations that chance alone could make are none, as nearly all are."""
+    covariance = torch.cov(draws.T).reshape(draws.shape[1], -1)
+    spread = covariance.diagonal().sqrt()
+    by_chance = covariance.abs() < 4 / len(draws) ** 0.5 * torch.outer(spread, spread)
+    return torch.where(by_chance & ~torch.eye(len(spread), dtype=torch.bool, device=draws.device), 0.0, covariance)
+
+
+def _prior_share(covariance: Float[Tensor, "P P"], seen: Float[Tensor, "r P"]) -> Float[Tensor, " P"]:
+    """Var(theta_i | seen theta) / Var(theta_i) of a normal with that covariance."""
+    variance = covariance.diagonal()
+    cross = covariance @ seen.mT
+    explained = (cross @ torch.linalg.pinv(seen @ cross, hermitian=True)) * cross
+    return (1 - explained.sum(1) / variance).clamp(0, 1)
 
 
 def _jacobian(function: Callable[[Tensor], Tensor], point: Float[Tensor, " P"]) -> Float[Tensor, "n P"]:

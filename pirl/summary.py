@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # A parameter with more elements belongs in a figure.
 MOST_ROWS = 40
 
-LEAST_SHARE = 0.01
-"""Part of a parameter, in units of its sd, that may be unidentified without a mark."""
+LEAST_SHARE = 0.05
+"""Share of a parameter's prior variance that no demonstrations take away, and that is told."""
 
 
 def print_summary(posterior: xarray.DataTree) -> None:
@@ -34,7 +34,7 @@ def print_summary(posterior: xarray.DataTree) -> None:
     for column in [*columns, reference["label"]] if reference else columns:
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     blind = json.loads(posterior.attrs.get("unidentified_sites", "[]"))
-    shown = posterior["posterior"].to_dataset().drop_vars(blind)
+    shown = posterior["posterior"].to_dataset().drop_vars(blind, errors="ignore")
     for row in _rows(shown, reference or {}, _unidentified(posterior)):
         table.add_row(*map(Text, row))  # not str, in which "weights[a]" would be markup
     Console(highlight=False).print(table)
@@ -52,7 +52,7 @@ def _is_large(data: xarray.DataArray) -> bool:
 
 
 def _unidentified(posterior: xarray.DataTree) -> dict[str, np.ndarray]:
-    """Of each parameter, which elements have a part in a direction that no demonstration can show."""
+    """Of each parameter, of which elements some prior variance is out of reach of any demonstrations."""
     if "identification" not in posterior.children:
         return {}
     shares = posterior["identification"].data_vars.items()
@@ -62,12 +62,12 @@ def _unidentified(posterior: xarray.DataTree) -> dict[str, np.ndarray]:
 def _what_is_identified(posterior: xarray.DataTree) -> str:
     """Explain the stars, and say how well chains agree on what is identified; empty where everything is."""
     attrs = posterior.attrs
-    missing = int(attrs.get("num_directions", 0)) - int(attrs.get("identified_directions", 0))
-    if not missing or "unidentified_sites" in attrs:
+    if "unidentified_sites" in attrs or not any(x.any() for x in _unidentified(posterior).values()):
         return ""
+    missing = int(attrs["num_directions"]) - int(attrs["identified_directions"])
     return (
         f"* not identified, or in part: {missing} of {attrs['num_directions']} directions of the parameters change no "
-        f"choice, whatever the data; there the posterior is the prior. On what is identified R-hat is at most "
+        f"choice, so that no data reduce what the prior leaves open there. On what is identified R-hat is at most "
         f"{float(attrs['identified_rhat']):.3f}, bulk ESS at least {float(attrs['identified_ess']):.0f}."
     )
 

@@ -71,3 +71,12 @@ def test_bad_options_are_refused() -> None:
         cloning(demos, mdp, smoothing=-1.0)
     with pytest.raises(errors.HorizonError, match="more than num_steps=2"):
         cloning(demos, mdp, given="time", num_steps=2)
+
+
+def test_a_counting_measure_is_no_more_than_one_decision() -> None:
+    mdp, demos = problem(action_prior="counting")
+    plain, _ = problem()
+    for smoothing in (0.0, 2.0):
+        torch.testing.assert_close(
+            cloning(demos, mdp, smoothing=smoothing).log_policy, cloning(demos, plain, smoothing=smoothing).log_policy
+        )

@@ -341,6 +341,40 @@ def test_rust_s_estimates_and_standard_errors(group: str) -> None:
         assert result.standard_errors("outer_product")["weights"].tolist() == pytest.approx(RUST[group], rel=0.01)
 
 
+def test_units_of_features_do_not_matter() -> None:
+    """A feature in units a million times as large has a weight a million times as large, and so has its error."""
+    mdp, features, demos = problem(True)
+    unit = torch.tensor([1.0, 1e-6], dtype=F64)
+    plain, scaled = maxent(demos, mdp, features), maxent(demos, mdp, features * unit)
+    torch.testing.assert_close(scaled.parameters["weights"] * unit, plain.parameters["weights"], rtol=1e-6, atol=1e-8)
+    for kind in plain.covariance:
+        torch.testing.assert_close(
+            scaled.standard_errors(kind)["weights"] * unit, plain.standard_errors(kind)["weights"], rtol=1e-6, atol=0
+        )
+
+
+def test_in_single_precision() -> None:
+    mdp, features, demos = problem(True)
+    double = maxent(demos, mdp, features)
+    single = maxent(demos, mdp.to(dtype=torch.float32), features.float())
+    assert single.attrs["converged"] and single.covariance["sandwich"].dtype == torch.float32
+    torch.testing.assert_close(
+        single.parameters["weights"].double(), double.parameters["weights"], rtol=0.01, atol=0.01
+    )
+
+
+def test_where_the_sum_over_paths_is_infinite_the_search_turns_back() -> None:
+    """Undiscounted, with a terminal corner: rewards just above 0 have no partition function."""
+    mdp = gridworld(4, 4, slip=0.0, terminal=[(3, 3)], initial=0)
+    features = torch.ones(16, 1, dtype=F64)
+    features[15] = 0.0
+    demos = simulate(mdp, torch.where(features[:, 0] > 0, -0.02, 0.0).to(F64), 50, 10_000, "trajectory")
+    found = maxent(demos, mdp, features, reading="trajectory")
+    assert found.attrs["converged"] and found.parameters["weights"] < 0.05
+    with pytest.raises(errors.OptionError, match="no finite objective at the start.*give start="):
+        maxent(demos, mdp, features, reading="trajectory", start=torch.tensor([1.0], dtype=F64))
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -352,6 +386,7 @@ def test_rust_s_estimates_and_standard_errors(group: str) -> None:
         ({"l2": -1.0}, "l2 is -1"),
         ({"tolerance": 0.0}, "must be positive"),
         ({"standard_errors": ["robust"]}, "no standard errors are called 'robust'"),
+        ({"given_starts": True}, "given_starts belongs to the trajectory reading"),
         ({"stopping": "geometric"}, "belongs to the trajectory reading"),
     ],
 )
@@ -363,7 +398,7 @@ def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
 
 def test_features_of_another_problem_are_refused() -> None:
     mdp, _, demos = problem(True)
-    with pytest.raises(errors.InvalidRewardError, match=r"expected \[\*batch, 4"):
+    with pytest.raises(errors.InvalidRewardError, match=r"expected \[4, K\]"):
         maxent(demos, mdp, torch.zeros(5, 2, dtype=F64))
     with pytest.raises(errors.OptionError, match="no standard errors"):
         pirl.baselines.cloning(demos, mdp).standard_errors()

@@ -573,3 +573,23 @@ def test_a_policy_by_time_does_not_fit_horizons_of_their_own() -> None:
     demos = Trajectories(states=[[0, 0]], actions=[[0]], horizons=[2])
     with pytest.raises(HorizonError, match="of their own"):
         feature_gap(mdp, normal(3, 2), demos, policy=random_policy(mdp, 4))
+
+
+def test_the_gap_of_the_right_policy_vanishes_however_episodes_end() -> None:
+    """Terminated and truncated ones, with and without what was said of their ends and horizons."""
+    table = torch.zeros(3, 2, 3, dtype=torch.float64)
+    rows = [[[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], [[0.3, 0.3, 0.4], [0.5, 0.4, 0.1]]]
+    table[:2] = torch.tensor(rows, dtype=torch.float64)
+    mdp = TabularMDP(table, 0, 0.9, terminal=[False, False, True])
+    reward = torch.tensor([[0.3, -0.2], [0.1, 0.5], [1.0, 1.0]], dtype=torch.float64)
+    count, features = 20_000, torch.eye(3, dtype=torch.float64)
+    told = simulate(mdp, reward, count, 6)
+    ends = tuple("terminated" if bool(mdp.terminal[s[s >= 0][-1]]) else "truncated" for s in told.states)
+    untold = [
+        Trajectories(told.states, told.actions, told.lengths),
+        Trajectories(told.states, told.actions, told.lengths, ends=ends),
+    ]
+    policy = soft_policy(mdp, reward).exp()
+    for demos in (told, *untold):
+        # Visits of an episode have a spread of some 1.
+        assert feature_gap(mdp, features, demos, policy=policy) < 4 * 3**0.5 * 1.5 / count**0.5

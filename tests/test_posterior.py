@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -134,8 +135,8 @@ def test_unidentified_directions_are_told(problem: Any, scaled: bool, rank: int,
     assert posterior.attrs["identified_directions"] == rank
     assert posterior.attrs["num_directions"] == 4 + scaled
     assert shares[3] == pytest.approx(1.0, abs=1e-8)
-    if scaled:  # what the scale gains, all weights lose
-        assert (shares[:3] > 1e-3).all() and 0.1 < float(posterior["identification"]["scale"]) < 1
+    if scaled:  # what the scale gains, weights lose
+        assert shares[:3].max() > 0.01 and 0.1 < float(posterior["identification"]["scale"]) < 1
     else:
         assert shares[:3] == pytest.approx(0.0, abs=1e-10)
         # The chains' agreement is that on the other three weights, in whatever basis.
@@ -152,6 +153,46 @@ def test_nothing_is_marked_where_all_is_identified(problem: Any, capsys: Any) ->
     assert posterior.attrs["identified_directions"] == posterior.attrs["num_directions"] == 3
     print_summary(posterior)
     assert "*" not in capsys.readouterr().out
+
+
+def hierarchy(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: torch.Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+    weights = pyro.sample("weights", dist.Normal(mean, 0.3).expand([3]).to_event(1))
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxCausalEntTrajectory(mdp, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_what_is_known_through_others_is_not_marked(problem: Any, capsys: Any) -> None:
+    """Of a mean no reward depends on, three weights leave .3^2 / 3 of 3^2: a share of .003."""
+    posterior = pirl.fit(hierarchy, *problem, **CHEES)
+    # The prior's covariance is estimated from 400 draws, to some 10%.
+    assert float(posterior["identification"]["mean"]) == pytest.approx(0.03 / 9.03, rel=0.3)
+    assert posterior["identification"]["weights"].values == pytest.approx(0.0, abs=1e-6)
+    print_summary(posterior)
+    assert "*" not in capsys.readouterr().out
+
+
+def own_horizons(demos: pirl.Trajectories, mdp: pirl.TabularMDP) -> None:
+    reward = pyro.sample("reward", dist.Normal(0.0, 1.0).expand([16]).to_event(1))
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxCausalEntTrajectory(
+            mdp, pirl.tabular_reward(reward), lengths=demos.lengths, horizons=demos.horizons
+        )
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_demonstrators_with_horizons_of_their_own(problem: Any) -> None:
+    """On a torus without an end only a horizon of one's own tells a potential from a reward."""
+    mdp = problem[1].replace(horizon=None, discount=0.9)
+    seen = problem[0]
+    ends = pirl.Trajectories(seen.states, seen.actions, ends="horizon")
+    few = {**FEW, "num_samples": 40}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)
+        found = pirl.fit(own_horizons, ends, mdp, **few)
+        whole = pirl.fit(own_horizons, seen, mdp.replace(horizon=6), **few)
+    assert found.attrs["identified_directions"] == whole.attrs["identified_directions"]
 
 
 def test_posteriors_of_other_models_say_nothing_of_it() -> None:

@@ -57,6 +57,7 @@ def cloning(
     time = torch.arange(actions.shape[1], device=actions.device).expand_as(actions)[acting]
     place = (states[:, : actions.shape[1]][acting], actions[acting])
     prior = mdp.log_prior.exp()
+    prior = prior / prior.sum(-1, keepdim=True)  # of a counting measure
     counts = prior.new_zeros(1 if given == "state" else steps, *prior.shape)
     counts.index_put_(
         (torch.zeros_like(time) if given == "state" else time, *place), prior.new_ones(()), accumulate=True

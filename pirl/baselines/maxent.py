@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pirl.baselines.estimate import PointEstimate
 from pirl.baselines.objectives import Dual, Likelihood, Objective, get_objective
+from pirl.baselines.visits import feature_table
 from pirl.errors import ConvergenceWarning, OptionError
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
@@ -39,11 +41,13 @@ class _Reward:
 
     of: Callable[[Float[Tensor, " P"]], Float[Tensor, "S A"]]
     start: Float[Tensor, " P"]
+    unit: Float[Tensor, " P"]
+    """What a parameter is multiplied by to be searched for: the largest value of its feature."""
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
 
     def parameters(self, vector: Tensor) -> dict[str, Tensor]:
-        parts = vector.split([shape.numel() for shape in self.shapes])
+        parts = (vector / self.unit).split([shape.numel() for shape in self.shapes])
         return {name: part.reshape(shape) for name, part, shape in zip(self.names, parts, self.shapes, strict=True)}
 
 
@@ -61,7 +65,7 @@ def maxent(
     l2: float = 0.0,
     start: Tensor | None = None,
     max_iterations: int = 1000,
-    tolerance: float = 1e-8,
+    tolerance: float | None = None,
     learning_rate: float = 0.1,
     standard_errors: Sequence[str] | None = None,
 ) -> PointEstimate:
@@ -88,7 +92,8 @@ def maxent(
             be identified, and some rewards be infinite.
         start: first parameters; zeros for linear rewards, a network's own.
         tolerance: of the residual, the largest derivative of the objective's mean over episodes: for the dual of a
-            linear reward, by how much a feature does not match.
+            linear reward, by how much a feature does not match, as a share of its largest value. By default the root of
+            the dtype's epsilon (1.5e-8 in float64).
         standard_errors: of "hessian" (inverse of the observed information), "outer_product" (of the scores; Berndt,
             Hall, Hall and Hausman 1974), "sandwich", and "clustered" by subject (by episode if there are none). By
             default all that are defined, for linear rewards; of the dual, which is no likelihood, "sandwich" and
@@ -102,7 +107,7 @@ def maxent(
 
     Raises:
         InvalidRewardError: the shapes do not fit.
-        OptionError: an option out of range.
+        OptionError: an option out of range, or no finite objective at the start.
         InvalidTrajectoriesError, HorizonError, DiscountError: as for the distributions.
 
     Example:
@@ -113,13 +118,20 @@ def maxent(
         True
     """
     began = time.perf_counter()
+    tolerance = torch.finfo(mdp.dtype).eps ** 0.5 if tolerance is None else tolerance
     _check(method, l2, max_iterations, tolerance, learning_rate, standard_errors)
+    if given_starts and reading == "causal":
+        raise OptionError("given_starts belongs to the trajectory reading: causal choices do not depend on p(s_1)")
     goal = get_objective(objective, demos, mdp, reading, given_starts, stopping)
-    reward = _linear(features, start) if network is None else _neural(network, features, start)
+    reward = _linear(features, mdp, start) if network is None else _neural(network, features, start)
 
     def value(theta: Tensor) -> Tensor:
-        return goal(mdp.check_reward(reward.of(theta))) - 0.5 * l2 * theta @ theta
+        return goal(mdp.check_reward(reward.of(theta))) - 0.5 * l2 * (theta / reward.unit).square().sum()
 
+    try:
+        value(reward.start)
+    except ArithmeticError as error:
+        raise OptionError(f"there is no finite objective at the start, where {error}; give start=") from error
     search = _gradient_ascent if method == "gradient" else _quasi_newton
     theta, history = search(value, reward.start, goal.count, max_iterations, tolerance, learning_rate)
     residual = history["residual"][-1]
@@ -133,6 +145,7 @@ def maxent(
     found = mdp.check_reward(reward.of(theta)).detach()
     kinds = _kinds(goal, network, len(theta)) if standard_errors is None else tuple(standard_errors)
     covariance = _covariances(kinds, goal, lambda t: mdp.check_reward(reward.of(t)), value, theta, demos)
+    covariance = {kind: x / torch.outer(reward.unit, reward.unit) for kind, x in covariance.items()}
     fit = goal if isinstance(goal, Likelihood) else Likelihood(demos, mdp, reading)
     attrs: dict[str, Any] = {
         "objective_name": objective,
@@ -149,7 +162,7 @@ def maxent(
     if network is None:
         match = goal if reading == "trajectory" or isinstance(goal, Dual) else Dual(demos, mdp)
         slope = _gradient(lambda t: match(mdp.check_reward(reward.of(t))), theta)[1]
-        attrs["feature_gap"] = float(slope.abs().amax()) / goal.count if len(slope) else 0.0
+        attrs["feature_gap"] = float((slope * reward.unit).abs().amax()) / goal.count if len(slope) else 0.0
     attrs["seconds"] = time.perf_counter() - began
     return PointEstimate(
         name="maxent",
@@ -175,11 +188,13 @@ def _check(
         raise OptionError(f"no standard errors are called {sorted(unknown)[0]!r}: choose of {', '.join(KINDS)}")
 
 
-def _linear(features: Tensor, start: Tensor | None) -> _Reward:
-    zeros = features.new_zeros(features.shape[-1])
-    first = zeros if start is None else start.detach().to(zeros).clone()
-    linear_reward(features, first)  # refuses what does not fit
-    return _Reward(lambda theta: linear_reward(features, theta), first, ("weights",), (first.shape,))
+def _linear(features: Tensor, mdp: TabularMDP, start: Tensor | None) -> _Reward:
+    """Features are scaled to 1 at most: what can be told of a weight must not depend on its unit."""
+    unit = feature_table(features, mdp).flatten(0, 1).abs().amax(0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    first = torch.zeros_like(unit) if start is None else start.detach().to(unit) * unit
+    linear_reward(features, first)  # refuses a start that does not fit
+    return _Reward(lambda theta: linear_reward(features / unit, theta), first, unit, ("weights",), (first.shape,))
 
 
 def _neural(network: nn.Module, features: Tensor, start: Tensor | None) -> _Reward:
@@ -192,7 +207,7 @@ def _neural(network: nn.Module, features: Tensor, start: Tensor | None) -> _Rewa
         given = {name: part.reshape(shape) for name, part, shape in zip(own, parts, shapes, strict=True)}
         return neural_reward(lambda x: torch.func.functional_call(network, given, (x,)), features)
 
-    return _Reward(reward, vector, tuple(own), shapes)
+    return _Reward(reward, vector, torch.ones_like(vector), tuple(own), shapes)
 
 
 # ---------------------------------------------------------------------------------------------------------- the search
@@ -201,8 +216,12 @@ History = dict[str, list[float]]
 
 
 def _gradient(value: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[float, Tensor]:
+    """Value and gradient; -inf where the sum over paths is infinite."""
     leaf = theta.detach().clone().requires_grad_()
-    total = value(leaf)
+    try:
+        total = value(leaf)
+    except ArithmeticError:  # DivergenceError, ConvergenceError
+        return -math.inf, torch.zeros_like(theta)
     return float(total.detach()), torch.autograd.grad(total, leaf)[0]
 
 
@@ -228,6 +247,8 @@ def _gradient_ascent(
             return theta, history
         theta = theta + rate * slope / count
     _note(history, *_gradient(value, theta), count)
+    if not history["objective"][-1] > -math.inf:
+        raise OptionError(f"gradient ascent left the rewards of finite objective: lower learning_rate={rate}")
     return theta, history
 
 
@@ -278,7 +299,6 @@ def _lbfgs(
     first = theta.double().cpu().numpy()
     options = {"maxiter": steps, "maxfun": 20 * steps, "gtol": tolerance, "ftol": 0.0, "maxcor": 20}
     end = minimize(loss, first, jac=True, method="L-BFGS-B", callback=note, options=options)
-    note(end.x)
     return torch.from_numpy(end.x).to(theta)
 
 
@@ -374,8 +394,5 @@ def _sandwich(bread: Tensor, meat: Tensor) -> Tensor:
 
 def _mark(covariance: Tensor, lost: Tensor) -> Tensor:
     either = lost[:, None] | lost
-    return torch.where(
-        either,
-        torch.where(torch.eye(len(lost), dtype=torch.bool, device=lost.device), torch.inf, torch.nan),
-        covariance,
-    )
+    unknown = torch.full_like(covariance, torch.nan).fill_diagonal_(torch.inf)
+    return torch.where(either, unknown, covariance)

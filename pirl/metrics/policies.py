@@ -152,7 +152,8 @@ def feature_gap(
             raise InvalidPolicyError(f"occupancy has shape {tuple(occupancy.shape)}; expected [*batch, S, A] = {pairs}")
         return torch.linalg.vector_norm(occupancy.flatten(-2) @ rows - shown, order, dim=-1)
     assert policy is not None
-    if demos.horizons is not None and is_timed(mdp, policy):
+    own = [] if demos.horizons is None else demos.horizons.tolist()
+    if is_timed(mdp, policy) and any(horizon not in (-1, mdp.horizon) for horizon in own):
         raise HorizonError("a policy by time cannot be compared with episodes that have horizons of their own")
     watched = _share_watched(mdp, demos)
 
@@ -315,6 +316,17 @@ def _share_watched(mdp: TabularMDP, demos: Trajectories) -> list[float]:
 
 
 def _limits(mdp: TabularMDP, demos: Trajectories) -> Int[Tensor, " N"]:
-    """For how many decisions each episode was watched."""
-    limits = demos.limits if mdp.horizon is None else demos.limits.clamp_max(mdp.horizon)
-    return limits if demos.horizons is None else torch.where(demos.horizons < 0, limits, demos.horizons)
+    """For how many decisions each episode was watched, or would have been, had it not ended in a terminal state.
+
+    Where nobody said so (``limits``), as long as the longest: by its own length, how it ended would be selected.
+    """
+    table = demos.as_tensor()
+    assert table is not None
+    last = table[..., 0].gather(1, demos.lengths.unsqueeze(1)).squeeze(1)
+    ended = (last >= 0) & mdp.terminal[last.clamp_min(0)]
+    told = (demos.limits != demos.lengths) & (demos.limits != 5 * demos.lengths.max())
+    longest = torch.maximum(demos.lengths.max(), torch.where(told, demos.limits, 0).max())
+    limits = torch.where(ended & ~told, longest + int(ended.all()), demos.limits)
+    if mdp.horizon is not None:
+        limits = limits.clamp_max(mdp.horizon)
+    return limits if demos.horizons is None else torch.where(demos.horizons < 0, limits, limits.minimum(demos.horizons))
