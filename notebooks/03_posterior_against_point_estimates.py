@@ -52,8 +52,8 @@ GREEN, GREY = "#009E73", "#555555"
 # times, for ten decisions. Every method gets the same demonstrations.
 
 # %%
-WORLDS = 2 if SHORT else 20
-NUMBERS = [1, 10] if SHORT else [1, 3, 10, 30, 100]
+num_worlds = 2 if SHORT else 20
+num_seen = [1, 10] if SHORT else [1, 3, 10, 30, 100]
 SIZE, STEPS, LANDMARKS = 5, 10, 3
 mdp = gridworld(SIZE, SIZE, slip=0.1, horizon=STEPS)
 
@@ -81,16 +81,16 @@ FEW = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 
 # %%
 rows = []
-for world in range(WORLDS):
+for world in range(num_worlds):
     features = gridworld_features(SIZE, SIZE, LANDMARKS, seed=world)
     truth = torch.randn(LANDMARKS, dtype=torch.float64, generator=torch.Generator().manual_seed(world))
     reward = pirl.linear_reward(features, truth)
-    everything = simulate(mdp, reward, NUMBERS[-1], STEPS, seed=world)
-    for number in NUMBERS:
+    everything = simulate(mdp, reward, num_seen[-1], STEPS, seed=world)
+    for number in num_seen:
         demos = everything[:number]
         posterior = pirl.fit(model, demos, mdp, features, seed=world, **SAMPLER, **FEW)
         draws = torch.from_numpy(posterior.posterior["weights"].values).flatten(0, 1)
-        point = maxent(demos, mdp, features, l2=0.01)
+        point = maxent(demos, mdp, features, l2=0.01, tolerance=1e-6)
         margin = max_margin(demos, mdp, features, epsilon=0.05)
         answers = {
             "posterior mean": (draws.mean(0), np.quantile(draws, [0.05, 0.95], axis=0)),
@@ -120,14 +120,14 @@ for (name, part), colour, marker in zip(results.groupby("answer"), [ORANGE, GREE
     left.errorbar(mean.index, mean["EVD"], 1.645 * error, color=colour, marker=marker, capsize=3, label=name)
     if mean["coverage"].notna().any():
         right.plot(mean.index, mean["coverage"], color=colour, marker=marker, label=f"{name.split()[0]}, 90% interval")
-count = WORLDS * LANDMARKS
+count = num_worlds * LANDMARKS
 half = 1.645 * np.sqrt(0.9 * 0.1 / count)
 right.axhspan(0.9 - half, min(1.0, 0.9 + half), color=GREY, alpha=0.15, label="what chance allows at 90%")
 right.set(ylim=(0.4, 1.03), ylabel="share of true weights inside")
 left.set(ylabel="return lost by acting on the answer")
 for ax in (left, right):
     ax.set_xscale("log")
-    ax.set_xticks(NUMBERS, [str(n) for n in NUMBERS])
+    ax.set_xticks(num_seen, [str(n) for n in num_seen])
     ax.minorticks_off()
     ax.set_xlabel("demonstrations")
     ax.legend(frameon=False)
@@ -147,14 +147,15 @@ plt.show()
 # it like the food, or the light? A thousand visits do not tell.
 
 # %%
-CELLS, VISITS = 9, 20 if SHORT else 200
+CELLS = 9
+num_visits = 20 if SHORT else 200
 corridor = gridworld(1, CELLS, slip=0.0, discount=0.9, initial=(0, CELLS // 2))
 food, light, dark = (torch.zeros(CELLS, dtype=torch.float64) for _ in range(3))
 food[-1] = light[-1] = 1.0
 dark[0] = 1.0
 things = torch.stack([food, light, dark], -1)
 rat = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)  # it likes food, is indifferent to light, fears the dark
-seen = simulate(corridor, pirl.linear_reward(things, rat), VISITS, 12)
+seen = simulate(corridor, pirl.linear_reward(things, rat), num_visits, 12)
 
 
 def rat_model(demos, mdp, features):
@@ -166,8 +167,8 @@ def rat_model(demos, mdp, features):
 
 names = ["food", "light", "dark"]
 posterior = pirl.fit(rat_model, seen, corridor, things, coords={"thing": names}, **SAMPLER, **FEW)
-point = maxent(seen, corridor, things)
-other = maxent(seen, corridor, things, start=torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64))
+point = maxent(seen, corridor, things, tolerance=1e-6)
+other = maxent(seen, corridor, things, tolerance=1e-6, start=torch.tensor([0.0, 3.0, 0.0], dtype=torch.float64))
 margin = max_margin(seen, corridor, things, epsilon=0.05)
 for name, estimate in {"MaxEnt": point, "MaxEnt, begun elsewhere": other, "max-margin": margin}.items():
     print(f"{name:24}", dict(zip(names, estimate.parameters["weights"].numpy().round(2).tolist(), strict=True)))
@@ -260,7 +261,7 @@ with warnings.catch_warnings():
     table = pirl.compare(
         {
             "posterior": posterior,
-            "MaxEnt": maxent(demos, mdp, features),
+            "MaxEnt": maxent(demos, mdp, features, tolerance=1e-6),
             "max-margin": max_margin(demos, mdp, features, epsilon=0.05),
             "cloning": cloning(demos, mdp),
         },
