@@ -242,6 +242,7 @@ plot_estimates(
     {"MaxEnt": dict(zip(names, point.parameters["weights"].tolist(), strict=True))},
     truth=dict(zip(names, rat.tolist(), strict=True)),
 )
+ax.set_ylabel("thing")
 plt.show()
 
 # %% [markdown]
