@@ -6,22 +6,29 @@ model is the sentence written with it.
 """
 
 from pirl.compare import compare
+from pirl.continuous import ContinuousTrajectories
 from pirl.diagnose import diagnose
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
 from pirl.fit import fit
 from pirl.mdp import TabularMDP
 from pirl.message_passing import Messages, log_partition, messages, occupancy, soft_policy
 from pirl.planning import most_likely_trajectory, optimal_policy, policy_value, stationary_distribution
+from pirl.pool import Pool
 from pirl.posterior import reward_draws
 from pirl.rewards import expected_reward, lifted_reward, linear_reward, neural_reward, tabular_reward
+from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.trajectories import Trajectories
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContinuousTrajectories",
+    "FeatureReward",
     "MaxCausalEntTrajectory",
     "MaxEntTrajectory",
     "Messages",
+    "Pool",
+    "SampledMaxEntTrajectory",
     "TabularMDP",
     "Trajectories",
     "compare",

@@ -108,7 +108,7 @@ def compare(
         level: of the bootstrap interval, by ``num_bootstrap`` resamples of episodes.
 
     Raises:
-        OptionError: an entry is none of these, or a posterior without its reward.
+        OptionError: an entry is none of these, or a posterior without its reward; rewards of no entry.
 
     Example:
         >>> pirl.compare({"posterior": posterior, "maxent": estimate}, held_out, mdp,
@@ -118,13 +118,24 @@ def compare(
 
     if not 0 < level < 1 or num_draws < 1 or num_bootstrap < 1:
         raise OptionError("level must be between 0 and 1, num_draws and num_bootstrap at least 1")
+    if not isinstance(entries, Mapping) or not isinstance(demos, Trajectories):
+        raise OptionError(
+            f"compare takes a dict of answers and the held-out pirl.Trajectories, not {type(entries).__name__} and "
+            f"{type(demos).__name__}"
+        )
+    if truth is not None and "truth" in entries:
+        raise OptionError("an answer is called 'truth', which is the row of truth=: call it otherwise")
+    unknown = [name for name in rewards or {} if name not in entries]
+    if unknown:
+        raise OptionError(f"rewards={{{unknown[0]!r}: ...}} is of no answer: there are {', '.join(map(repr, entries))}")
     demos.validate(mdp)
     rows: dict[str, _Row] = {}
     for name, entry in entries.items():
         if isinstance(entry, PointEstimate):
             if mdp.horizon is None and entry.log_policy.dim() == 3:
                 raise OptionError(f"the policy of {name!r} depends on time, but the problem has no horizon")
-            rows[name] = _of_estimate(entry, mdp)
+            failed = entry.attrs.get("converged") is False
+            rows[f"{name} (not converged)" if failed else name] = _of_estimate(entry, mdp)
             continue
         draws, time, loo = _draws_of(name, entry, (rewards or {}).get(name), mdp)
         room = max(10, _AT_ONCE // (draws[0].numel() * (mdp.horizon or 1)))  # policies by time of all draws
@@ -309,7 +320,10 @@ def against_point_estimates(
     mdp = _only(file, loaded, TabularMDP)[1]
     held_out = max(1, round(hold_out * len(demos)))
     if not 0 < hold_out < 1 or held_out >= len(demos):
-        raise OptionError(f"of {len(demos)} episodes {held_out} cannot be held out: set --hold-out between 0 and 1")
+        raise OptionError(
+            f"--hold-out {hold_out:g} of {len(demos)} episodes leaves none to learn from, or none to compare on: "
+            "choose a share between 0 and 1 that leaves both"
+        )
     order = np.random.default_rng(seed).permutation(len(demos)).tolist()
     test, train = demos[sorted(order[:held_out])], demos[sorted(order[held_out:])]
     trained = {**loaded, name: train}
@@ -386,6 +400,8 @@ def print_comparison(table: pandas.DataFrame) -> None:
         printed.add_row(*map(Text, [str(name), *texts]))
     Console(highlight=False, width=max(Console().width, WIDTH)).print(printed)
     print(
-        "\nlog-lik. is of held-out decisions, in nats: higher is better. EVD is the return lost under the true reward, "
-        "EPIC\nthe distance of the reward from it, feature gap that of expected features: lower is better."
+        "\nlog-lik. is of held-out decisions, in nats: higher is better. EVD is the return lost under the true "
+        "reward, EPIC\nthe distance of the reward from it, feature gap that of expected features: lower is better. A reward "
+        "acts by\nits optimal policy; an answer that is a policy (mean, CVaR, max-margin, cloning) acts as it is, noise "
+        "and all."
     )

@@ -60,6 +60,10 @@ class ConvergenceError(PirlError, ArithmeticError):
     """An iterative solver did not reach its residual."""
 
 
+class PartitionError(PirlError, ArithmeticError):
+    """The partition function cannot be estimated, or not well enough, from the samples that there are."""
+
+
 class NotUnichainError(PirlError, ValueError):
     """A Markov chain has no unique stationary distribution."""
 
@@ -74,6 +78,10 @@ class DiscreteLatentError(ModelError):
 
 class NonFiniteError(ModelError):
     """The log density or its gradient is not finite where it must be; names the site."""
+
+
+class SimulatorError(PirlError, RuntimeError):
+    """A simulator failed in mid-roll-out, or gave states that cannot be; names the step, and chains the cause."""
 
 
 class StuckChainsError(PirlError, RuntimeError):

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -18,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import OptionError
+from pirl.errors import ConvergenceWarning, OptionError
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
 from pirl.infer.engine import START_STREAM, one_thread, own_generator, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
-from pirl.posterior import identified
+from pirl.partition import untrusted
+from pirl.posterior import identified, partition_quality
 
 if TYPE_CHECKING:
     import xarray
@@ -155,7 +157,9 @@ def fit(
             dims=dims or {},
             log_likelihood=log_likelihood,
         )
-        told, numbers = _identification(model, args, kwargs, potential, groups["posterior"])
+        told, identified_numbers = _identification(model, args, kwargs, potential, groups["posterior"])
+        numbers: dict[str, int | float | str] = {**identified_numbers}
+        numbers |= _partition_quality(model, args, kwargs, potential, groups["posterior"])
     blind = [name for name, site in potential.latent.items() if not site.identified]
     groups["constant_data"] = constant
     groups["identification"] = told
@@ -197,6 +201,33 @@ def _identification(
         "num_directions": found.num_parameters,
         "identified_rhat": found.rhat,
         "identified_ess": found.ess,
+    }
+
+
+def _partition_quality(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], potential: Potential, posterior: Named
+) -> dict[str, int | float | str]:
+    """How well log Z is known over draws of the posterior, where it was estimated from samples; empty elsewhere."""
+    import pyro
+
+    device = torch.empty(0).device
+    draws = {name: torch.as_tensor(posterior[name][1], device=device).flatten(0, 1) for name in potential.latent}
+    with one_thread(), pyro.validation_enabled(False):
+        found = partition_quality(model, args, kwargs, draws)
+    if found is None:
+        return {}
+    estimate, count = found
+    reason = untrusted(estimate, count)
+    if reason is not None:
+        warnings.warn(reason, ConvergenceWarning, stacklevel=3)
+    return {
+        "partition_estimator": "importance sampling from a fixed pool",
+        "partition_samples": estimate.num_samples,
+        "partition_demonstrations": count,
+        "partition_ess": float(estimate.ess.quantile(0.05)),
+        "partition_pareto_k": float(estimate.pareto_k.max()),
+        "partition_standard_error": float(estimate.standard_error.quantile(0.95)),
+        "partition_trusted": str(reason is None),
     }
 
 

@@ -80,8 +80,9 @@ def soft_problem(
         raise OptionError("stopping='geometric' belongs to the trajectory reading; the causal reading has a discount")
     if reading == "trajectory" and mdp.discount < 1 and stopping is None:
         raise DiscountError(
-            f"the trajectory reading has no discount, and the MDP's is {mdp.discount:g}: use discount=1 with a "
-            "horizon, or stopping='geometric' (stop with probability 1 - discount after each step)"
+            f"the trajectory reading has no discount, and the MDP's is {mdp.discount:g}: use "
+            "reading='causal', discount=1 with a horizon, or stopping='geometric' (stop with probability 1 - discount "
+            "after each step)"
         )
     if stopping is not None and mdp.discount == 0:
         raise DiscountError(

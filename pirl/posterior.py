@@ -20,6 +20,8 @@ from pirl.errors import ModelError, OptionError, PirlError
 from pirl.identify import Identification, unidentified
 from pirl.infer.engine import one_thread, own_generator
 from pirl.mdp import TabularMDP
+from pirl.partition import PartitionEstimate, importance
+from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
     import xarray
@@ -28,6 +30,7 @@ _BLOCK = 256
 # Beyond these, dense tables of directions cost more than they tell.
 _MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
 _PRIOR_DRAWS = 400
+_QUALITY_DRAWS = 100
 
 
 def reward_draws(
@@ -87,6 +90,7 @@ class _Given(Messenger):
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values, self.laws = values, dict[str, TabularTrajectory]()
+        self.sampled = dict[str, SampledMaxEntTrajectory]()
 
     def _process_message(self, message: Any) -> None:
         if message["type"] != "sample" or message["is_observed"]:
@@ -98,10 +102,12 @@ class _Given(Messenger):
         if message["type"] != "sample":
             return
         fn = message["fn"]
-        while not isinstance(fn, TabularTrajectory) and hasattr(fn, "base_dist"):
+        while not isinstance(fn, (TabularTrajectory, SampledMaxEntTrajectory)) and hasattr(fn, "base_dist"):
             fn = fn.base_dist
         if isinstance(fn, TabularTrajectory):
             self.laws[message["name"]] = fn
+        elif isinstance(fn, SampledMaxEntTrajectory):
+            self.sampled[message["name"]] = fn
         elif message["infer"].get("_deterministic") or message["is_observed"] or message["name"] in self.values:
             return
         elif type(fn).__name__ != "_Subsample":
@@ -134,6 +140,63 @@ def _reward(
     if site is not None and site not in laws:
         raise ModelError(f"the model observes no trajectories at {site!r}: there are {', '.join(laws)}")
     return laws[site or next(iter(laws))].reward
+
+
+def sampled_rewards(
+    posterior: xarray.DataTree,
+    model: Callable[..., Any],
+    *args: Any,
+    num_draws: int = 4,
+    seed: int = 0,
+) -> list[Any]:
+    """Rewards of some posterior draws, as the model gives them to its :class:`pirl.SampledMaxEntTrajectory`.
+
+    A table ``[S, A]``, or a function of states and actions, for each draw (of a model with several such sites, those
+    of the first).
+    """
+    dataset = posterior["posterior"].to_dataset()
+    count = dataset.sizes["chain"] * dataset.sizes["draw"]
+    index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_draws]
+    dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
+    found = []
+    with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+        values = {str(n): torch.as_tensor(x.values).flatten(0, 1).to(dtype) for n, x in dataset.data_vars.items()}
+        for number in index.tolist():
+            with _Given({name: value[number] for name, value in values.items()}) as given:
+                model(*args)
+            found.append(next(iter(given.sampled.values())).reward)
+    return found
+
+
+def partition_quality(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
+) -> tuple[PartitionEstimate, int] | None:
+    """The estimate of log Z at posterior draws, and the number of demonstrations; None for exact models.
+
+    A model that observes several sampled sites is judged by each of them: their estimates follow each other.
+
+    Args:
+        draws: of the latent sites, ``[draw, *shape]``; a hundred of them are looked at.
+    """
+    count = len(next(iter(draws.values()))) if draws else 0
+    index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long()
+
+    def laws(number: int) -> dict[str, Any]:
+        with torch.no_grad(), _Given({name: value[index[number]] for name, value in draws.items()}) as given:
+            model(*args, **kwargs)
+        return given.sampled
+
+    first = laws(0) if count else {}
+    if not first:
+        return None
+    weights: dict[str, list[Tensor]] = {name: [] for name in first}
+    for number in range(len(index)):
+        for name, law in laws(number).items():
+            weights[name].append(law.log_weights.flatten(0, -2) if law.log_weights.dim() > 1 else law.log_weights[None])
+    found = [importance(torch.cat(rows)) for rows in weights.values()]
+    value, error, ess, khat = (torch.cat([torch.as_tensor(estimate[part]) for estimate in found]) for part in range(4))
+    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in found))
+    return whole, sum(max(law.batch_shape.numel(), 1) for law in first.values())
 
 
 # ------------------------------------------------------------------------------------------------ what is identified
@@ -200,10 +263,11 @@ def identified(
     except (RuntimeError, NotImplementedError, PirlError):
         return None
     _, level, axes = torch.linalg.svd(slope * spread)
-    rank = int((level > 1e-8 * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())
+    rounding = max(1e-8, torch.finfo(level.dtype).eps ** (2 / 3))
+    rank = int((level > rounding * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())
     share = _prior_share(prior, axes[:rank] / spread)
     parts = share.split([shape.numel() for shape in shapes])
-    if torch.allclose(slope, elsewhere, rtol=1e-8, atol=1e-8 * float(slope.abs().amax())):
+    if torch.allclose(slope, elsewhere, rtol=rounding, atol=rounding * float(slope.abs().amax())):
         quantities = ((flat - mean) / spread) @ axes[:rank].mT
     else:
         with torch.no_grad():

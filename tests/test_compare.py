@@ -192,7 +192,7 @@ def test_from_the_shell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["models/gridworld.py", *SMALL, "--hold-out", "1.5"], "set --hold-out between 0 and 1"),
+        (["models/gridworld.py", *SMALL, "--hold-out", "1.5"], "leaves none to learn from"),
         (["models/bus_engine.py"], "0 Trajectories, but comparing needs one"),
         (["models/gridworld.py", "--out", "table.txt"], ".csv, .tex"),
     ],
@@ -200,3 +200,18 @@ def test_from_the_shell(tmp_path: Path) -> None:
 def test_wrong_calls_are_one_line(arguments: list[str], words: str) -> None:
     done = CliRunner().invoke(app, ["compare", *arguments])
     assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_name_that_fits_nothing_is_refused(problem: dict[str, Any]) -> None:
+    estimate = maxent(problem["train"], problem["mdp"], problem["features"])
+    with pytest.raises(errors.OptionError, match="an answer is called 'truth'"):
+        compare({"truth": estimate}, problem["test"], problem["mdp"], truth=problem["truth"])
+    with pytest.raises(errors.OptionError, match="'other'.* is of no answer: there are 'maxent'"):
+        compare({"maxent": estimate}, problem["test"], problem["mdp"], rewards={"other": problem["rewards"]})
+
+
+def test_a_search_that_ended_early_is_marked(problem: dict[str, Any]) -> None:
+    with pytest.warns(errors.ConvergenceWarning, match="has not converged"):
+        early = maxent(problem["train"], problem["mdp"], problem["features"], max_iterations=1)
+    table = compare({"early": early}, problem["test"], problem["mdp"])
+    assert list(table.index) == ["early (not converged)"]

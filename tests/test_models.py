@@ -236,7 +236,7 @@ def test_the_readings_differ_on_slippery_ice_only() -> None:
     assert likelihood[False, "causal"] == pytest.approx(likelihood[False, "trajectory"], rel=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bus_engine", "gridworld", "frozen_lake"])
+@pytest.mark.parametrize("name", ["bus_engine", "gridworld", "frozen_lake", "linear_gaussian"])
 def test_a_model_file_stands_alone(name: str) -> None:
     found = runpy.run_path(str(ROOT / "models" / f"{name}.py"))
     assert callable(found["model"])

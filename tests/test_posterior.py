@@ -148,6 +148,19 @@ def test_unidentified_directions_are_told(problem: Any, scaled: bool, rank: int,
     assert ("scale*" in printed) == scaled
 
 
+def test_single_precision_marks_the_same_directions(problem: Any) -> None:
+    demos, mdp, features = problem
+    whole = torch.cat([features, torch.ones(16, 1, dtype=F64)], -1).float()
+    single = mdp.to(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)  # forty draws: too few for a k-hat
+        posterior = pirl.fit(with_a_constant, demos, single, whole, False, engine="laplace", num_samples=40,
+                             num_prior=0, num_posterior_predictive=0)  # fmt: skip
+    assert posterior.attrs["dtype"] == "float32"
+    assert posterior.attrs["identified_directions"] == 3
+    assert posterior["identification"]["weights"].values[3] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_nothing_is_marked_where_all_is_identified(problem: Any, capsys: Any) -> None:
     posterior = pirl.fit(with_a_constant, *problem, False, **CHEES)
     assert posterior.attrs["identified_directions"] == posterior.attrs["num_directions"] == 3

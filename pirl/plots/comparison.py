@@ -53,7 +53,7 @@ def plot_estimates(
         OptionError: an estimate, an error or a truth is of a parameter (or element) that has no draws.
 
     Example:
-        >>> estimate = pirl.baselines.maxent(mdp, demos, features)
+        >>> estimate = pirl.baselines.maxent(demos, mdp, features)
         >>> plot_estimates(ax, {"weights": draws}, {"MaxEnt": estimate.parameters},
         ...                {"MaxEnt": estimate.standard_errors()}, label="weight (nats)")
     """

@@ -44,7 +44,7 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
     """
     if reference is None:
         reference = json.loads(posterior.attrs.get("reference", "null"))
-    label = reference["label"] if reference else "reference"
+    label = (reference or {}).get("label", "reference")
     quantities = _quantities(posterior["posterior"].to_dataset(), reference or {})
     count = len(quantities)
     if count == 0:

@@ -1,0 +1,344 @@
+"""MaxEnt IRL from a simulator alone: the ladder from plain sample gradients to guided cost learning.
+
+The likelihood of the trajectory reading needs log Z, whose gradient is the mean of the features under p(tau | O). With
+unknown dynamics it is estimated from roll-outs, in three rungs:
+
+- :func:`sample_gradient`: train the policy to MaxEnt-RL optimality for each reward, and take the plain average of its
+  roll-outs: (1/N) sum f(demonstration) - (1/M) sum f(roll-out). Simple, and dear: a policy and fresh samples a step.
+- ``reuse=True``: samples of earlier policies, with importance weights.
+- :func:`guided_cost` (Finn, Levine and Abbeel 2016): reward and policy improve in turn. The reward is fitted on all
+  samples so far, as one mixture; the policy follows it a little at a time, and becomes the proposal that is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pirl.baselines.estimate import PointEstimate
+from pirl.errors import InvalidRewardError, OptionError, PartitionError
+from pirl.partition import importance
+from pirl.pool import Pool
+from pirl.rewards import linear_reward
+from pirl.simulators import TabularPolicy, roll_out
+from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+from pirl.trajectories import Trajectories
+
+_MOST_STEPS = 100
+_ARMIJO = 1e-4
+
+
+class Sums(NamedTuple):
+    """What a reward step sees: features summed over trajectories, and the offsets of log weights."""
+
+    demos: Float[Tensor, "N K"]
+    pool: Float[Tensor, "J K"]
+    log_ratio: Float[Tensor, " J"]
+    """log p - log q of the pool's samples."""
+    demos_log_ratio: Float[Tensor, " N"]
+    """The same of the demonstrations, whose actions the policies of the pool might have taken."""
+
+
+class Step(NamedTuple):
+    """A concave objective at one point."""
+
+    value: Tensor
+    gradient: Tensor
+    curvature: Tensor
+    """Minus the Hessian."""
+
+
+def guided_cost(
+    demos: Trajectories,
+    simulator: FiniteSimulator,
+    features: Tensor,
+    *,
+    num_rounds: int = 20,
+    num_rollouts: int = 1000,
+    least_ess: float = 0.05,
+    l2: float = 0.0,
+    explore: float = 0.1,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> PointEstimate:
+    """Guided cost learning with a linear reward in a finite space: maximum likelihood of the trajectory reading.
+
+    Each round fits the weights to the demonstrations with log Z-hat from all samples so far (balance heuristic), trains
+    the policy for the reward found, by soft Q-learning from transitions, and adds its roll-outs. A reward step stops
+    where the effective sample size falls below ``least_ess`` of the pool: beyond, the estimate would be believed where
+    there are no samples (Jensen's inequality makes that attractive).
+
+    Args:
+        demos: of the simulator's horizon.
+        simulator: :class:`pirl.simulators.TabularSimulator`, or another finite one.
+        features: ``[S, K]`` or ``[S, A, K]``.
+        num_rounds: at most; ends before when weights move by less than ``tolerance`` and the pool is good enough.
+        num_rollouts: that each round adds to the pool; as many teach the policy.
+        least_ess: share of the pool.
+        l2: penalty ``l2 / 2 |weights|^2`` on the log-likelihood of all demonstrations.
+        explore: share of the base measure among the decisions that teach the policy.
+        seed: of all that is random.
+
+    Returns:
+        A :class:`PointEstimate` with "weights", and attrs "log_partition", "standard_error" and "ess" (of log Z),
+        "environment_steps". Its history has, by round, "objective", "ess", "sd_log_weight" (of the newest policy's
+        own weights: it goes to 0 without chance, and to a floor with it), "change" and "environment_steps".
+
+    Raises:
+        PartitionError: demonstrations that no roll-out could resemble, or no reward step is possible.
+        SimulatorError: the simulator failed.
+
+    Example:
+        >>> estimate = guided_cost(demos, pirl.simulators.TabularSimulator(mdp), features)
+    """
+
+    def likelihood(sums: Sums, weights: Tensor) -> Step:
+        return _likelihood(sums, weights, l2)
+
+    return _alternate("guided cost", likelihood, demos, simulator, features, num_rounds, num_rollouts, least_ess,
+                      explore, tolerance, seed, {"l2": l2})  # fmt: skip
+
+
+def sample_gradient(
+    demos: Trajectories,
+    simulator: FiniteSimulator,
+    features: Tensor,
+    *,
+    reuse: bool = False,
+    num_rounds: int = 100,
+    num_rollouts: int = 1000,
+    rate: float = 0.5,
+    explore: float = 0.1,
+    seed: int = 0,
+) -> PointEstimate:
+    """The lower rungs: gradient ascent with a newly trained policy's samples, or with importance weights on all.
+
+    With fresh samples (``reuse=False``) nothing is weighed: the gradient is that of feature matching by the soft
+    policy, which is the trajectory reading's where dynamics are deterministic, and the dual's elsewhere. With
+    ``reuse=True`` the weights correct for both earlier policies and chance.
+
+    Args:
+        rate: of the first step, on features scaled to unit variance under the base measure; it falls as
+            ``1 / sqrt(round)``.
+
+    The other arguments, errors and the result are those of :func:`guided_cost`.
+    """
+    began = time.perf_counter()
+    if rate <= 0:
+        raise OptionError(f"rate is {rate}, but must be positive")
+    world = _World(demos, simulator, features, explore, seed)
+    world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
+    sums = world.sums()
+    scale = sums.pool.std(0).clamp_min(1e-12)
+    weights = torch.zeros_like(scale)
+    history: dict[str, list[float]] = {name: [] for name in _HISTORY}
+    for number in range(1, num_rounds + 1):
+        policy = world.learn(weights, num_rollouts)
+        newest = world.extend(policy, num_rollouts)
+        sums = world.sums()
+        if reuse:
+            step = _likelihood(sums, weights, 0.0)
+            gradient, value = step.gradient / len(demos), float(step.value)
+        else:
+            gradient, value = sums.demos.mean(0) - sums.pool[newest].mean(0), math.nan
+        before, weights = weights, weights + rate / math.sqrt(number) * gradient / scale.square()
+        world.record(history, before, newest, value, float((weights - before).norm() / weights.norm()))
+    name = "importance-weighted gradient" if reuse else "sample gradient"
+    return world.estimate(name, weights, history, began, None, {"rate": rate})
+
+
+_HISTORY = ("objective", "ess", "sd_log_weight", "change", "environment_steps")
+
+
+def _alternate(
+    name: str,
+    objective: Callable[[Sums, Tensor], Step],
+    demos: Trajectories,
+    simulator: FiniteSimulator,
+    features: Tensor,
+    num_rounds: int,
+    num_rollouts: int,
+    least_ess: float,
+    explore: float,
+    tolerance: float,
+    seed: int,
+    attrs: dict[str, Any],
+    extra: int = 0,
+) -> PointEstimate:
+    """Reward steps on all samples, policy steps towards the reward; ``extra`` parameters follow the weights."""
+    began = time.perf_counter()
+    if num_rounds < 1 or num_rollouts < 2 or not 0 < least_ess < 1:
+        raise OptionError(
+            f"num_rounds={num_rounds}, num_rollouts={num_rollouts} and least_ess={least_ess} must be at least 1, "
+            "at least 2, and a share between 0 and 1"
+        )
+    world = _World(demos, simulator, features, explore, seed)
+    newest = world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
+    world.pool.check_support(demos.states, demos.actions, demos.lengths)
+    num_features = features.shape[-1]
+    parameters = world.sums().pool.new_zeros(num_features + extra)
+    history: dict[str, list[float]] = {key: [] for key in _HISTORY}
+    converged = False
+    for number in range(num_rounds):
+        sums = world.sums()
+        found, free = _climb(lambda x: objective(sums, x), parameters, num_features, sums, least_ess)  # noqa: B023
+        before, parameters = parameters[:num_features], found
+        weights = parameters[:num_features]
+        change = float((weights - before).norm() / weights.norm().clamp_min(1e-12))
+        value = float(objective(sums, parameters).value)
+        converged = free and change < tolerance and number > 0
+        newest = world.extend(world.learn(weights, num_rollouts), num_rollouts)
+        world.record(history, weights, newest, value, change)
+        if converged:
+            break
+    attrs = {**attrs, "converged": converged}
+    if extra:
+        attrs["learned_log_partition"] = float(parameters[-1])
+    return world.estimate(name, parameters[:num_features], history, began, converged, attrs)
+
+
+class _World:
+    """Demonstrations, a pool that grows, and a learner of policies."""
+
+    def __init__(
+        self, demos: Trajectories, simulator: FiniteSimulator, features: Tensor, explore: float, seed: int
+    ) -> None:
+        self.shape: tuple[int, int] = simulator.log_prior.shape  # type: ignore[assignment]
+        if features.dim() not in (2, 3) or features.shape[:-1] not in (self.shape[:1], self.shape):
+            raise InvalidRewardError(
+                f"features have shape {tuple(features.shape)}; expected [{self.shape[0]}, K] or "
+                f"[{self.shape[0]}, {self.shape[1]}, K]"
+            )
+        self.demos, self.simulator, self.features = demos, simulator, features.to(simulator.log_prior)
+        self.generator = torch.Generator(device=simulator.log_prior.device).manual_seed(seed)
+        self.learner = SoftQLearner(simulator, explore=explore)
+        self.base = TabularPolicy(_log_base(simulator))
+        self.pool: Pool = None  # type: ignore[assignment]
+        self.steps = 0
+
+    def reward(self, weights: Tensor) -> Tensor:
+        return linear_reward(self.features, weights)
+
+    def learn(self, weights: Tensor, num_rollouts: int) -> TabularPolicy:
+        """Two looks at the world: with the policy for this reward so far, and with the one that this taught."""
+        policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
+        self.steps += policy.history[-1].steps
+        return policy
+
+    def extend(self, policy: TabularPolicy, num_rollouts: int) -> slice:
+        """Add roll-outs of a policy to the pool; where they are."""
+        rollouts = roll_out(self.simulator, policy, num_rollouts, self.generator)
+        self.steps += int(rollouts.lengths.sum())
+        size = 0 if self.pool is None else len(self.pool)
+        if self.pool is None:
+            self.pool = Pool.of(rollouts, policy, self.base)
+            self.pool.check_lengths(self.demos.lengths)
+        else:
+            self.pool = self.pool.add(rollouts, policy)
+        return slice(size, size + num_rollouts)
+
+    def sums(self) -> Sums:
+        flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)
+        flat = flat.reshape(self.shape[0] * self.shape[1], -1)
+
+        def of(table: Tensor | None) -> Tensor:
+            counts, used = self.pool.visits(table, self.shape)
+            return counts @ flat[used]
+
+        ratio = self.pool.ratio_of(self.demos.states, self.demos.actions, self.demos.lengths)
+        return Sums(of(self.demos.as_tensor()), of(None), self.pool.log_ratio, ratio)
+
+    def record(
+        self, history: dict[str, list[float]], weights: Tensor, newest: slice, value: float, change: float
+    ) -> None:
+        sums = self.sums()
+        origin = int(self.pool.origin[newest][0])
+        own = sums.pool[newest] @ weights + self.pool.log_base[newest] - self.pool.log_densities[origin, newest]
+        ess = float(importance(sums.pool @ weights + sums.log_ratio).ess)
+        numbers = (value, ess, float(own.std()), change, float(self.steps))
+        for key, number in zip(_HISTORY, numbers, strict=True):
+            history[key].append(number)
+
+    def estimate(
+        self,
+        name: str,
+        weights: Tensor,
+        history: dict[str, list[float]],
+        began: float,
+        converged: bool | None,
+        attrs: dict[str, Any],
+    ) -> PointEstimate:
+        sums, reward = self.sums(), self.reward(weights)
+        found = importance(sums.pool @ weights + sums.log_ratio)
+        log_policy = self.learner.solve(reward)
+        told = {
+            **attrs,
+            "reading": "trajectory",
+            "log_partition": float(found.log_partition),
+            "standard_error": float(found.standard_error),
+            "ess": float(found.ess),
+            "pareto_k": float(found.pareto_k),
+            "log_likelihood": float((sums.demos @ weights).sum() - len(self.demos) * found.log_partition),
+            "environment_steps": self.steps,
+            "num_rounds": len(history["ess"]),
+            "seconds": time.perf_counter() - began,
+        }
+        return PointEstimate(name, {"weights": weights}, reward, log_policy, history, told)
+
+
+def _log_base(simulator: FiniteSimulator) -> Tensor:
+    return torch.log_softmax(simulator.log_prior, -1)
+
+
+def _likelihood(sums: Sums, weights: Tensor, l2: float) -> Step:
+    """Sum over demonstrations of w'f - log Z-hat(w); its gradient is that of self-normalised weights."""
+    count = len(sums.demos)
+    log_weights = sums.pool @ weights + sums.log_ratio
+    share = log_weights.softmax(0)
+    mean = share @ sums.pool
+    centred = sums.pool - mean
+    value = (sums.demos @ weights).sum() - count * (log_weights.logsumexp(0) - math.log(len(log_weights)))
+    gradient = sums.demos.sum(0) - count * mean
+    curvature = count * (centred * share.unsqueeze(1)).mT @ centred
+    penalty = l2 * torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
+    return Step(value - 0.5 * l2 * weights @ weights, gradient - l2 * weights, curvature + penalty)
+
+
+def _climb(
+    objective: Callable[[Tensor], Step], start: Tensor, num_features: int, sums: Sums, least_ess: float
+) -> tuple[Tensor, bool]:
+    """Newton's method on a concave objective, as far as the samples can be believed; whether it reached the top."""
+    point = start
+    rounding = 1e-9 * len(sums.demos)
+
+    def size(x: Tensor) -> float:
+        share = (sums.pool @ x[:num_features] + sums.log_ratio).softmax(0)
+        return float(1 / share.square().sum()) / len(share)
+
+    floor = min(least_ess, size(start))
+    for _ in range(_MOST_STEPS):
+        here = objective(point)
+        ridge = 1e-9 * here.curvature.diagonal().mean().clamp_min(1e-12)
+        matrix = here.curvature + ridge * torch.eye(len(point), dtype=point.dtype, device=point.device)
+        direction = torch.linalg.solve(matrix, here.gradient)
+        slope = float(here.gradient @ direction)
+        if not math.isfinite(slope):
+            raise PartitionError("the reward step is not finite: features have no spread among the samples")
+        if slope < rounding:
+            return point, True
+        length = 1.0
+        while length > 1e-6:
+            trial = point + length * direction
+            if size(trial) >= floor and float(objective(trial).value) >= float(here.value) + _ARMIJO * length * slope:
+                break
+            length /= 2
+        else:
+            return point, False  # at the edge of what the samples show
+        point = trial
+    return point, False

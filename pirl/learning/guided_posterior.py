@@ -1,0 +1,141 @@
+"""Bayesian guided cost learning: a posterior over rewards, and policies that follow its draws, in turn.
+
+Guided cost learning (Finn, Levine and Abbeel 2016) moves one policy towards one reward. A posterior needs log Z over
+all rewards that it allows: so policies are trained for draws of it, their roll-outs are added to the pool, and the
+posterior is inferred again, until log Z is known well enough over its draws (:func:`pirl.partition.untrusted`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pirl.errors import ConvergenceWarning, ModelError, OptionError
+from pirl.fit import fit
+from pirl.partition import ESS_PER_DEMONSTRATION
+from pirl.pool import Pool
+from pirl.posterior import sampled_rewards
+from pirl.simulators import Generator, Policy, TabularPolicy, roll_out
+from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+
+if TYPE_CHECKING:
+    import xarray
+
+_MARGIN = 1.5
+
+PolicyStep = Callable[[Any, Generator], Policy]
+"""(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
+
+
+class GuidedPosterior(NamedTuple):
+    """What :func:`bayesian_guided_cost` found."""
+
+    posterior: xarray.DataTree
+    """Labelled with how well log Z is known (attrs "partition_...")."""
+    pool: Pool
+    """All roll-outs; other models of the same demonstrations may use it."""
+    history: list[dict[str, float]]
+    """By round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted"."""
+
+
+def bayesian_guided_cost(
+    model: Callable[..., Any],
+    demos: Any,
+    simulator: Any,
+    *args: Any,
+    base: Policy | None = None,
+    policy_step: PolicyStep | None = None,
+    engine: str = "chees",
+    guide: str = "laplace",
+    num_rounds: int = 20,
+    num_policies: int = 4,
+    num_rollouts: int = 500,
+    seed: int = 0,
+    progress: bool = True,
+    guide_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> GuidedPosterior:
+    """Infer the posterior of ``model(demos, pool, *args)`` while the pool grows to where the posterior is.
+
+    Each round fits the model with a fast approximation, trains policies for some of its draws, and adds their
+    roll-outs. When the gates hold over the posterior's draws, ``engine`` samples it with the pool as it is.
+
+    Args:
+        model: observes the demonstrations by :class:`pirl.SampledMaxEntTrajectory`, whose pool is its second argument.
+        simulator: of the world; see :mod:`pirl.simulators`.
+        args: further arguments of the model.
+        base: the base measure over actions, which also plays the first roll-outs; of a finite simulator its own.
+        policy_step: trains a policy; by default soft Q-learning, in a finite space.
+        engine: of the final posterior.
+        guide: of the rounds, "laplace" or "svi".
+        num_rounds: at most.
+        num_policies: posterior draws a round that a policy is trained for.
+        num_rollouts: of each policy.
+        guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
+
+    A pool that is still too poor after the last round is told by a warning and by the posterior's label.
+
+    Raises:
+        ModelError: the model does not observe a :class:`pirl.SampledMaxEntTrajectory`.
+        PartitionError: demonstrations that no roll-out could resemble.
+        SimulatorError: the simulator failed.
+
+    Example:
+        >>> found = bayesian_guided_cost(model, demos, pirl.simulators.TabularSimulator(mdp), features)
+        >>> found.posterior.attrs["partition_trusted"]
+    """
+    if num_rounds < 1 or num_policies < 1 or num_rollouts < 1:
+        raise OptionError("num_rounds, num_policies and num_rollouts must be at least 1")
+    generator = torch.Generator().manual_seed(seed)
+    finite = isinstance(simulator, FiniteSimulator)
+    if base is None:
+        if not finite:
+            raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
+        base = TabularPolicy(torch.log_softmax(simulator.log_prior, -1))
+    if policy_step is None:
+        if not finite:
+            raise OptionError("a simulator without a finite space needs policy_step=, which trains a policy")
+        policy_step = _soft_q_step(simulator, num_rollouts)
+    pool = Pool.of(roll_out(simulator, base, num_policies * num_rollouts, generator), base, base)
+    pool.check_support(demos.states, demos.actions, demos.lengths)
+    quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
+    history: list[dict[str, float]] = []
+    for number in range(num_rounds):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
+            posterior = fit(model, demos, pool, *args, engine=guide, seed=seed + number, progress=False, **quick)
+        if "partition_trusted" not in posterior.attrs:
+            raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
+        trusted = posterior.attrs["partition_trusted"] == "True"
+        history.append(
+            {
+                "ess": posterior.attrs["partition_ess"],
+                "pareto_k": posterior.attrs["partition_pareto_k"],
+                "samples": float(len(pool)),
+                "trusted": float(trusted),
+            }
+        )
+        # The first posterior is one of base roll-outs alone: it may look trusted where it is not. And the engine may
+        # reach further than the approximation, hence the margin.
+        need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
+        if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
+            break
+        rewards = sampled_rewards(posterior, model, demos, pool, *args, num_draws=num_policies, seed=seed + number)
+        for reward in rewards:
+            policy = policy_step(reward, generator)
+            pool = pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
+    posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
+    return GuidedPosterior(posterior, pool, history)
+
+
+def _soft_q_step(simulator: FiniteSimulator, num_rollouts: int) -> PolicyStep:
+    learner = SoftQLearner(simulator)
+
+    def step(reward: Tensor, generator: Generator) -> Policy:
+        return learner.update(reward, num_rollouts, generator)
+
+    return step

@@ -1,0 +1,269 @@
+"""`Pool`: roll-outs of several policies, and how much each counts for the partition function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pirl.errors import HorizonError, InvalidTrajectoriesError, PartitionError
+from pirl.partition import mixture_log_density
+from pirl.simulators import Policy, Rollouts, log_density
+
+Features = Callable[[Tensor, Tensor], Tensor]
+"""(states [..., ds], actions [..., da]) -> features [..., K]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Samples of one or more policies, weighed against the base measure by the balance heuristic.
+
+    Make one by :meth:`of`, and a larger one by :meth:`add`; nothing is changed in place, so that a policy or simulator
+    that fails leaves the pool as it was. Only action probabilities are needed: the dynamics of proposal and model are
+    the same, and cancel.
+
+    Attributes:
+        states: ``[J, T + 1]`` whole numbers (-1 after the end), or ``[J, T + 1, ds]``.
+        actions: ``[J, T]``, or ``[J, T, da]``.
+        lengths: number of decisions ``[J]``.
+        base: the base measure over actions p(a|s); None: the counting or Lebesgue measure.
+        log_base: sum_t log p(a_t|s_t), ``[J]``.
+        policies: the proposals, of which sample j came from ``origin[j]``.
+        log_densities: sum_t log pi_k(a_t|s_t) of every sample under every proposal, ``[K, J]``.
+    """
+
+    states: Tensor
+    actions: Tensor
+    lengths: Int[Tensor, " J"]
+    base: Policy | None
+    log_base: Float[Tensor, " J"]
+    policies: tuple[Policy, ...]
+    origin: Int[Tensor, " J"]
+    log_densities: Float[Tensor, "K J"]
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, policy: Policy, base: Policy | None = None) -> Pool:
+        """A pool of one policy's roll-outs.
+
+        Args:
+            base: the base measure over actions; for a finite problem ``pirl.simulators.base_policy(mdp)``.
+
+        Raises:
+            PartitionError: a roll-out has density 0, NaN or infinity under its own policy.
+        """
+        log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
+        pool = cls(
+            rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
+            (policy,), torch.zeros_like(rollouts.lengths), _density(policy, rollouts).unsqueeze(0),
+        )  # fmt: skip
+        _ = pool.log_ratio
+        return pool
+
+    def add(self, rollouts: Rollouts, policy: Policy) -> Pool:
+        """A pool with more samples; every sample's density under every policy is computed once.
+
+        Demonstrations may be added as well, with a policy cloned from them as the estimate of their density (fusion,
+        Finn et al. 2016): ``pool.add(rollouts_of(demos), cloned)``.
+
+        Raises:
+            InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
+            PartitionError: a density is NaN or infinite.
+        """
+        if rollouts.states.shape[1:] != self.states.shape[1:] or rollouts.actions.shape[1:] != self.actions.shape[1:]:
+            raise InvalidTrajectoriesError(
+                f"roll-outs with states {tuple(rollouts.states.shape[1:])} and actions "
+                f"{tuple(rollouts.actions.shape[1:])} do not fit a pool with {tuple(self.states.shape[1:])} and "
+                f"{tuple(self.actions.shape[1:])}"
+            )
+        log_base = torch.zeros_like(rollouts.log_density) if self.base is None else _density(self.base, rollouts)
+        under_old = torch.stack([_density(old, rollouts) for old in self.policies])
+        under_new = torch.cat(
+            [log_density(policy, self.states, self.actions, self.lengths), _density(policy, rollouts)]
+        )
+        pool = Pool(
+            torch.cat([self.states, rollouts.states]),
+            torch.cat([self.actions, rollouts.actions]),
+            torch.cat([self.lengths, rollouts.lengths]),
+            self.base,
+            torch.cat([self.log_base, log_base]),
+            (*self.policies, policy),
+            torch.cat([self.origin, torch.full_like(rollouts.lengths, len(self.policies))]),
+            torch.cat([torch.cat([self.log_densities, under_old], 1), under_new.unsqueeze(0)]),
+        )
+        _ = pool.log_ratio
+        return pool
+
+    def newest(self, num_policies: int) -> Pool:
+        """The samples of the last policies only, weighed among themselves: old ones that no longer help may go."""
+        first = max(len(self.policies) - num_policies, 0)
+        keep = self.origin >= first
+        return Pool(
+            self.states[keep], self.actions[keep], self.lengths[keep], self.base, self.log_base[keep],
+            self.policies[first:], self.origin[keep] - first, self.log_densities[first:, keep],
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"Pool({len(self)} samples of {len(self.policies)} policies)"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.log_base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_base.device
+
+    @property
+    def tabular(self) -> bool:
+        """Whether states are numbers."""
+        return not self.states.is_floating_point()
+
+    @property
+    def horizon(self) -> int:
+        """T."""
+        return self.actions.shape[1]
+
+    @property
+    def log_ratio(self) -> Float[Tensor, " J"]:
+        """log p - log q of the actions: what a return must be added to for a log weight."""
+        if "log_ratio" not in self._memo:
+            counts = torch.bincount(self.origin, minlength=len(self.policies))
+            if bool((self.log_base == torch.inf).any() | self.log_base.isnan().any()):
+                raise PartitionError("the base measure's log density is NaN or +inf at a sample")
+            self._memo["log_ratio"] = self.log_base - mixture_log_density(self.log_densities, counts)
+        return self._memo["log_ratio"]
+
+    @property
+    def table(self) -> Tensor:
+        """The samples as a Pyro model observes trajectories: ``[J, T + 1, 2]``, or ``[J, T + 1, ds + da]``."""
+        return self._remember(("table",), None, lambda: encode(self.states, self.actions))
+
+    def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """How many samples each policy gave."""
+        counts = torch.bincount(self.origin, minlength=len(self.policies))
+        return {"pool_samples": (("policy",), counts.cpu().numpy())}
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Pool:
+        """A copy elsewhere, or of another precision. Policies stay where they are."""
+        real = lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)  # noqa: E731
+        return Pool(
+            real(self.states), real(self.actions), self.lengths.to(device), self.base, real(self.log_base),
+            self.policies, self.origin.to(device), real(self.log_densities),
+        )  # fmt: skip
+
+    def ratio_of(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " N"]:
+        """log p - log q of other trajectories, such as demonstrations, under the mixture of all policies."""
+        under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
+        base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
+        return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
+
+    def check_support(self, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
+        """Refuse demonstrations that no policy of the pool could have made.
+
+        Raises:
+            PartitionError: names the first such demonstration.
+        """
+        under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
+        missed = (under == -torch.inf).all(0)
+        if bool(missed.any()):
+            raise PartitionError(
+                f"demonstration {int(missed.nonzero()[0])} has probability 0 under every policy of the pool: "
+                "add roll-outs of a policy with full support, such as the base policy"
+            )
+
+    def check_lengths(self, lengths: Tensor) -> None:
+        """Refuse demonstrations of other lengths than the samples.
+
+        Raises:
+            HorizonError: names the first such demonstration.
+        """
+        ends = self._remember(("ends",), None, lambda: bool((self.lengths < self.horizon).any()))
+        wrong = (lengths > self.horizon) | ((lengths < self.horizon) & (not ends))
+        if bool(wrong.any()):
+            episode = int(wrong.flatten().nonzero()[0])
+            raise HorizonError(
+                f"trajectory {episode} has {int(lengths.flatten()[episode])} decisions, and the pool's have "
+                f"{self.horizon}: log Z is of one length; cut the demonstrations, or roll out as long"
+            )
+
+    # ------------------------------------------------------------------------------------------------ what is summed
+
+    def visits(self, table: Tensor | None, shape: tuple[int, int]) -> tuple[Tensor, Int[Tensor, " U"]]:
+        """How often a trajectory collects the reward of each pair; the pairs that any sample or trajectory visits.
+
+        Args:
+            table: trajectories ``[N, T + 1, 2]``; None: the pool's own samples.
+            shape: numbers of states and of actions.
+        """
+        return self._remember(
+            ("visits", shape), table, lambda: _visits(self.table if table is None else table, shape, self)
+        )
+
+    def feature_sums(
+        self, features: Features, table: Tensor | None, lengths: Tensor | None = None
+    ) -> Float[Tensor, "N K"]:
+        """sum_t f(s_t, a_t) of trajectories ``[N, T + 1, ds + da]`` (None: the pool's own samples); computed once."""
+
+        def compute() -> Tensor:
+            return (features(states, actions) * counted.unsqueeze(-1)).sum(-2).detach()
+
+        states, actions, counted = self.decisions(table, lengths)
+        return self._remember(("features", id(features), id(lengths)), table, compute, features, lengths)
+
+    def decisions(self, table: Tensor | None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """States and actions of the decisions ``[N, T, .]`` of trajectories of vectors, and which of them count."""
+        table, lengths = (self.table, self.lengths) if table is None else (table, lengths)
+        size = self.states.shape[-1]
+        states, actions = table[..., :-1, :size], table[..., :-1, size:]
+        time = torch.arange(states.shape[-2], device=table.device)
+        counted = time < (torch.tensor(len(time)) if lengths is None else lengths).unsqueeze(-1)
+        return states, actions, counted.expand(states.shape[:-1])
+
+    def _remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:
+        # The objects are kept with the result, so that an id is never that of another one.
+        if len(self._memo) > 64:
+            self._memo.clear()
+        key = (*key, id(table), None if table is None else table._version)
+        if key not in self._memo:
+            self._memo[key] = (compute(), table, *keep)
+        return self._memo[key][0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": {}}
+
+
+def encode(states: Tensor, actions: Tensor) -> Tensor:
+    """(state, action) of every step, the last without action: ``[N, T + 1, 2]`` or ``[N, T + 1, ds + da]``."""
+    if not states.is_floating_point():
+        last = torch.full_like(actions[:, :1], -1)
+        return torch.stack([states, torch.cat([actions, last], 1)], -1)
+    actions = actions.unsqueeze(-1) if actions.dim() == 2 else actions
+    actions = actions.to(states.dtype)
+    return torch.cat([states, torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)], -1)
+
+
+def _density(policy: Policy, rollouts: Rollouts) -> Tensor:
+    return log_density(policy, rollouts.states, rollouts.actions, rollouts.lengths)
+
+
+def _visits(table: Tensor, shape: tuple[int, int], pool: Pool) -> tuple[Tensor, Tensor]:
+    states, actions = table[..., 0], table[..., 1].clone()
+    acting = actions >= 0
+    length = acting.sum(-1, keepdim=True)
+    # The no-op of a terminal state, which an episode shorter than the horizon ends in.
+    place = torch.arange(table.shape[-2], device=table.device)
+    no_op = (place == length) & (states >= 0) & (length < pool.horizon)
+    counted = acting | no_op
+    pair = torch.where(counted, states * shape[1] + actions.clamp_min(0), 0)
+    used, at = pair.unique(return_inverse=True)
+    counts = torch.zeros(*table.shape[:-2], len(used), dtype=pool.dtype, device=table.device)
+    return counts.scatter_add_(-1, at, counted.to(counts.dtype)), used

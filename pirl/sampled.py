@@ -1,0 +1,168 @@
+"""`SampledMaxEntTrajectory`: the trajectory reading of exp(r) where dynamics are known by sampling only.
+
+p(tau | O) = p(tau) exp(sum_t r(s_t, a_t)) / Z, with log Z estimated from a pool of roll-outs that stays as it is while
+a posterior is sampled. The potential is then a fixed function: NUTS and ChEES sample a well-defined approximation of
+the posterior, which tends to the exact one as the pool grows. Densities are relative to p(tau), which no parameter
+enters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+
+from pirl.errors import InvalidRewardError
+from pirl.partition import PartitionEstimate, importance, log_mean_exp
+from pirl.pool import Features, Pool
+from pirl.transitions import is_transformed
+
+
+class FeatureReward:
+    """A reward that is linear in features of states and actions: ``features(states, actions) . weights``.
+
+    The features of a pool are summed over each sample once, so that a gradient costs one product.
+
+    Args:
+        features: a function from states ``[..., ds]`` and actions ``[..., da]`` to ``[..., K]``. Use the same function
+            object each time: its sums are remembered by it.
+        weights: ``[*batch, K]``.
+
+    Example:
+        >>> def features(states, actions):
+        ...     return torch.cat([states.square(), actions.square()], -1)
+        >>> reward = FeatureReward(features, torch.tensor([-1.0, -0.1]))
+        >>> reward(torch.ones(3, 1), torch.ones(3, 1))
+        tensor([-1.1000, -1.1000, -1.1000])
+    """
+
+    def __init__(self, features: Features, weights: Float[Tensor, "*batch K"]) -> None:
+        self.features, self.weights = features, weights
+
+    def __call__(self, states: Tensor, actions: Tensor) -> Tensor:
+        return self.features(states, actions) @ self.weights
+
+
+Reward = Tensor | FeatureReward | Callable[[Tensor, Tensor], Tensor]
+
+
+class SampledMaxEntTrajectory(TorchDistribution):
+    """Trajectories under the trajectory reading of exp(r), with log Z estimated from a pool of samples.
+
+    Batch shape ``[*batch, N]``, event shape ``(T + 1, 2)`` or ``(T + 1, ds + da)``: see
+    :meth:`pirl.ContinuousTrajectories.as_tensor`. Every trajectory has the length of the pool's, or ended early as
+    some of the pool's did. ``log_prob`` is relative to p(tau): the density's unknown part, the dynamics, is left out.
+
+    Args:
+        pool: roll-outs (:class:`pirl.Pool`).
+        reward: a table ``[*batch, S, A]`` or ``[*batch, S, 1]`` for numbered states; a :class:`FeatureReward`; or any
+            function from states ``[J, T, ds]`` and actions ``[J, T, da]`` to ``[*batch, J, T]``, such as a network.
+        lengths: number of decisions of each trajectory ``[N]``.
+
+    Raises:
+        InvalidRewardError: a reward of the wrong shape, or not finite.
+        HorizonError: lengths that are not the pool's.
+
+    Example:
+        >>> with pyro.plate("episode", len(demos)):
+        ...     law = pirl.SampledMaxEntTrajectory(pool, reward, lengths=demos.lengths)
+        ...     pyro.sample("trajectories", law, obs=demos.as_tensor())
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_enumerate_support = False
+    event_dim_names = ("step", "state_action")
+
+    def __init__(
+        self,
+        pool: Pool,
+        reward: Reward,
+        *,
+        lengths: Int[Tensor, "*batch"] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.pool, self.reward, self.lengths = pool, reward, lengths
+        self.returns: Tensor = self._returns(None, None)  # [*batch, J]
+        if not is_transformed(self.returns) and bool((self.returns.isnan() | (self.returns == torch.inf)).any()):
+            wrong = self.returns.isnan() | (self.returns == torch.inf)
+            sample = int(wrong.nonzero()[0, -1])
+            raise InvalidRewardError(
+                f"the reward of sample {sample} of the pool is NaN or +inf: rewards must be finite"
+            )
+        if lengths is not None and not is_transformed(lengths):
+            pool.check_lengths(lengths)
+        batch = torch.broadcast_shapes(self.returns.shape[:-1], () if lengths is None else lengths.shape)
+        super().__init__(batch, pool.table.shape[-2:], validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False, event_dim=2)
+    def support(self) -> Any:
+        """Whole numbers, or real vectors."""
+        return constraints.independent(constraints.integer if self.pool.tabular else constraints.real, 2)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SampledMaxEntTrajectory:
+        """The same distribution with a larger batch shape."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update(self.__dict__)
+        new._batch_shape = torch.broadcast_shapes(torch.Size(batch_shape), self._batch_shape)
+        return new
+
+    @property
+    def log_weights(self) -> Float[Tensor, "*batch J"]:
+        """log w_j = return + log p - log q of each sample of the pool."""
+        return self.returns + self.pool.log_ratio
+
+    @property
+    def log_partition(self) -> Float[Tensor, "*batch"]:
+        """log Z-hat, differentiable in the reward."""
+        return log_mean_exp(self.log_weights)
+
+    def estimate(self) -> PartitionEstimate:
+        """log Z-hat with its standard error, effective sample size and Pareto k-hat."""
+        return importance(self.log_weights)
+
+    def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
+        """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau)."""
+        result = self._returns(value, self.lengths) - self.log_partition
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Samples of the pool, drawn by their weights (sampling importance resampling)."""
+        weight = self.log_weights.softmax(-1)
+        shape = torch.Size(sample_shape) + self.batch_shape
+        cumulative = weight.cumsum(-1).expand(*self.batch_shape, -1) if weight.dim() > 1 else weight.cumsum(-1)
+        uniform = torch.rand(shape, dtype=weight.dtype, device=weight.device)
+        if weight.dim() == 1:
+            index = torch.searchsorted(cumulative, uniform)
+        else:
+            index = torch.searchsorted(cumulative.expand(*shape, -1).contiguous(), uniform.unsqueeze(-1)).squeeze(-1)
+        return self.pool.table[index.clamp(max=len(self.pool) - 1)]
+
+    def _returns(self, table: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """sum_t r of trajectories ``[*batch, N]``; of the pool's samples, without batch alignment, if None."""
+        reward, pool = self.reward, self.pool
+        if isinstance(reward, Tensor):
+            if not pool.tabular:
+                raise InvalidRewardError("a table of rewards needs numbered states: give a function or a FeatureReward")
+            num_actions = max(reward.shape[-1], int(pool.actions.max()) + 1)
+            shape = (reward.shape[-2], num_actions)
+            counts, used = pool.visits(table, shape)
+            if int(used.max()) >= reward.shape[-2] * num_actions or reward.dim() < 2:
+                raise InvalidRewardError(f"a reward {tuple(reward.shape)} has no row for every state of the pool")
+            values = reward.expand(*reward.shape[:-1], num_actions).flatten(-2)[..., used]
+            counts = counts.to(values.dtype)
+            return values @ counts.mT if table is None else (values * counts).sum(-1)
+        if pool.tabular:
+            raise InvalidRewardError(
+                "numbered states need a table of rewards [*batch, S, A]: call the function on them"
+            )
+        if isinstance(reward, FeatureReward):
+            sums = pool.feature_sums(reward.features, table, lengths).to(reward.weights)
+            return reward.weights @ sums.mT if table is None else (reward.weights * sums).sum(-1)
+        states, actions, counted = pool.decisions(table, lengths)
+        return (reward(states, actions) * counted).sum(-1)

@@ -1,0 +1,237 @@
+"""From a simulator alone to what exact dynamics give: guided cost learning, IRL as a GAN, and the posterior."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pirl
+from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
+from pirl.baselines.adversarial import _discriminator
+from pirl.baselines.guided_cost import Sums, _likelihood
+from pirl.convergence import ess_bulk
+from pirl.envs import gridworld, gridworld_features
+from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
+from pirl.learning import bayesian_guided_cost
+from pirl.simulators import TabularSimulator, base_policy, roll_out
+from tests.exchange import exchange
+
+STEPS = 8
+
+
+def problem(slip: float, num: int = 200, num_features: int = 3) -> tuple[pirl.TabularMDP, Tensor, pirl.Trajectories]:
+    mdp = gridworld(4, 4, slip=slip, horizon=STEPS, initial=(1, 1))
+    features = gridworld_features(4, 4, num_features)
+    truth = torch.tensor([1.0, -0.8, 0.4], dtype=torch.float64)[:num_features]
+    law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, truth), lengths=torch.full((num,), STEPS))
+    seen = law.sample()
+    return mdp, features, pirl.Trajectories(seen[..., 0], seen[:, :-1, 1])
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.1])
+def test_guided_cost_and_the_gan_find_maximum_likelihood(slip: float) -> None:
+    mdp, features, demos = problem(slip)
+    exact = maxent(demos, mdp, features, reading="trajectory").parameters["weights"]
+    for method in (guided_cost, adversarial):
+        simulator = TabularSimulator(mdp)
+        found = method(demos, simulator, features, num_rounds=8, num_rollouts=4000, tolerance=0.0)
+        weights = found.parameters["weights"]
+        assert float((weights - exact).norm() / exact.norm()) < 0.05
+        log_z = float(pirl.log_partition(mdp, found.reward))
+        assert abs(found.attrs["log_partition"] - log_z) < 4 * found.attrs["standard_error"]
+        assert found.attrs["environment_steps"] == simulator.steps_taken
+        sd = found.history["sd_log_weight"]
+        if slip == 0:
+            # Every pair within reach was tried: the policy is exact, and each weight is Z.
+            assert sd[-1] < 1e-9
+        else:
+            # No causal policy chooses chance: a floor, which does not fall with more rounds.
+            assert min(sd) > 0.1 and max(sd[3:]) < 1.5 * min(sd[3:])
+        if method is adversarial:
+            assert abs(found.attrs["learned_log_partition"] - log_z) < 0.05
+
+
+def test_the_lower_rungs() -> None:
+    mdp, features, demos = problem(0.0)
+    exact = maxent(demos, mdp, features, reading="trajectory").parameters["weights"]
+    plain = sample_gradient(demos, TabularSimulator(mdp), features, num_rounds=60, num_rollouts=1000, rate=2.0)
+    weighed = sample_gradient(
+        demos, TabularSimulator(mdp), features, reuse=True, num_rounds=60, num_rollouts=200, rate=2.0
+    )
+    assert float((plain.parameters["weights"] - exact).norm() / exact.norm()) < 0.2
+    assert float((weighed.parameters["weights"] - exact).norm() / exact.norm()) < 0.1
+    assert weighed.attrs["environment_steps"] * 4 < plain.attrs["environment_steps"]
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "counts", "even"])
+def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sums = Sums(normal(6, 3), normal(40, 3), normal(40), normal(6))
+
+    def value(x: Tensor) -> Tensor:
+        return (_likelihood(sums, x, 0.3) if kind == "likelihood" else _discriminator(sums, x, kind, 0.3)).value
+
+    point = normal(3 if kind == "likelihood" else 4)
+    step = _likelihood(sums, point, 0.3) if kind == "likelihood" else _discriminator(sums, point, kind, 0.3)
+    torch.testing.assert_close(step.gradient, torch.func.grad(value)(point), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        step.curvature, -torch.func.jacrev(torch.func.jacrev(value))(point), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_the_discriminator_knows_both_unknowns_when_samples_are_plenty() -> None:
+    # Demonstrations from exp(w f)/Z times a normal law, roll-outs from that law: w and log Z = w^2/2 are known.
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.7
+    real = torch.randn(4000, 1, generator=generator, dtype=torch.float64) + weight
+    made = torch.randn(40_000, 1, generator=generator, dtype=torch.float64)
+    sums = Sums(real, made, torch.zeros(40_000).double(), torch.zeros(4000).double())
+    for odds in ("counts", "even"):
+        point = torch.zeros(2, dtype=torch.float64)
+        for _ in range(30):
+            step = _discriminator(sums, point, odds, 0.0)
+            point = point + torch.linalg.solve(step.curvature, step.gradient)
+        # Standard errors of a few hundredths at most: 1/sqrt(4000) for each, times at most 2 for what D leaves out.
+        assert abs(float(point[0]) - weight) < 4 * 2 / math.sqrt(4000)
+        assert abs(float(point[1]) - weight**2 / 2) < 4 * 2 / math.sqrt(4000)
+
+
+# ---------------------------------------------------------------------------------------------------- the posterior
+
+
+def model(demos: pirl.Trajectories, pool: pirl.Pool, features: Tensor) -> None:
+    size = features.shape[-1]
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([size]).to_event(1), infer={"dims": ["feature"]})
+    with pyro.plate("episode", len(demos)):
+        law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> None:
+    size = features.shape[-1]
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([size]).to_event(1), infer={"dims": ["feature"]})
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+CHAINS = {"num_chains": 64, "num_warmup": 150, "num_samples": 60, "progress": False}
+FEW = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
+
+
+@pytest.mark.slow
+def test_bayesian_guided_cost_agrees_with_exact_dynamics() -> None:
+    mdp, features, demos = problem(0.1, num=30)
+    found = bayesian_guided_cost(model, demos, TabularSimulator(mdp), features, num_rollouts=1000, **CHAINS, **FEW)
+    assert found.posterior.attrs["partition_trusted"] == "True" and found.history[-1]["trusted"]
+    assert len(found.history) > 1 and len(found.pool) == found.posterior.attrs["partition_samples"]
+    exact = pirl.fit(exact_model, demos, mdp, features, **CHAINS, **FEW)
+    a, b = (x.posterior["weights"].values.reshape(-1, 3) for x in (found.posterior, exact))
+    # The gate: a tenth of a standard deviation; and Monte Carlo errors of both chains, some hundredths.
+    assert (abs(a.mean(0) - b.mean(0)) < 0.15 * b.std(0)).all()
+    assert (abs(a.std(0) / b.std(0) - 1) < 0.15).all()
+
+
+@pytest.mark.slow
+def test_the_exchange_algorithm_agrees() -> None:
+    # Rewards of at most 0: half-normal costs of two features.
+    mdp = gridworld(3, 3, slip=0.1, horizon=3, initial=(1, 1))
+    features = gridworld_features(3, 3, 2)
+    truth = torch.tensor([-0.8, -0.3], dtype=torch.float64)
+    law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, truth), lengths=torch.full((12,), 3))
+    seen = law.sample()
+    demos = pirl.Trajectories(seen[..., 0], seen[:, :-1, 1])
+    generator = torch.Generator().manual_seed(0)
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+
+    def sums(count: int) -> Tensor:
+        return features[roll_out(simulator, base, count, generator).states[:, :-1]].sum(1)
+
+    def log_prior(weights: Tensor) -> Tensor:
+        return torch.where((weights <= 0).all(), -0.5 * weights.square().sum(), -torch.inf)
+
+    demo_sums = features[demos.states[:, :-1]].sum(1)
+    draws = exchange(demo_sums, sums, log_prior, truth, 0.6, 4000, generator)[200:].numpy()
+
+    def costs(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> None:
+        cost = pyro.sample("cost", dist.HalfNormal(1.0).expand([2]).to_event(1))
+        with pyro.plate("episode", len(demos)):
+            law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, -cost), lengths=demos.lengths)
+            pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+    exact = -pirl.fit(costs, demos, mdp, features, **CHAINS, **FEW).posterior["cost"].values.reshape(-1, 2)
+    ess = ess_bulk(draws[None])
+    assert ess.min() > 100
+    for power in (1, 2):
+        a, b = draws**power, exact**power
+        error = np.sqrt(a.var(0) / ess + b.var(0) / 1000)
+        assert (abs(a.mean(0) - b.mean(0)) < 4 * error).all()
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_bad_input_is_named() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+    simulator = TabularSimulator(mdp)
+    with pytest.raises(InvalidRewardError, match=r"features have shape \(3, 3\)"):
+        guided_cost(demos, simulator, torch.eye(3))
+    with pytest.raises(OptionError, match="least_ess=2"):
+        guided_cost(demos, simulator, features, least_ess=2.0)
+    with pytest.raises(OptionError, match="odds must be"):
+        adversarial(demos, simulator, features, odds="none")
+    with pytest.raises(OptionError, match="rate is 0.0"):
+        sample_gradient(demos, simulator, features, rate=0.0)
+    with pytest.raises(pirl.errors.HorizonError, match="trajectory 0 has 8 decisions"):
+        guided_cost(demos, TabularSimulator(mdp, horizon=5), features)
+    with pytest.raises(OptionError, match="must be at least 1"):
+        bayesian_guided_cost(model, demos, simulator, features, num_policies=0)
+    with pytest.raises(OptionError, match="needs base="):
+        bayesian_guided_cost(model, demos, object(), features)
+    masked = torch.ones(16, 5, dtype=torch.bool)
+    masked[:, int(demos.actions[0, 0])] = False
+    narrow = pirl.TabularMDP(mdp.transition, mdp.initial, discount=1.0, horizon=STEPS, available=masked)
+    with pytest.raises(PartitionError, match="demonstration 0 has probability 0"):
+        guided_cost(demos, TabularSimulator(narrow), features)
+
+
+def test_a_simulator_that_fails_leaves_the_pool_as_it_was() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+
+    class Breaks(TabularSimulator):
+        left = 3 * STEPS
+
+        def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            Breaks.left -= 1
+            if Breaks.left < 0:
+                raise ValueError("the cable came off")
+            return super().step(states, actions, generator)
+
+    with pytest.raises(SimulatorError, match="the cable came off"):
+        guided_cost(demos, Breaks(mdp), features, num_rollouts=10)
+    base = base_policy(mdp)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 10), base, base)
+    before = pool.log_ratio.clone()
+    with pytest.raises(SimulatorError, match="the cable came off"):
+        pool.add(roll_out(Breaks(mdp), base, 10), base)
+    assert len(pool) == 10 and torch.equal(pool.log_ratio, before)
+
+
+def test_a_model_with_exact_dynamics_needs_no_pool() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+
+    def other(demos: pirl.Trajectories, pool: pirl.Pool, features: Tensor) -> None:
+        exact_model(demos, mdp, features)
+
+    with pytest.raises(ModelError, match="no SampledMaxEntTrajectory"):
+        bayesian_guided_cost(other, demos, TabularSimulator(mdp), features, num_rollouts=10, progress=False)

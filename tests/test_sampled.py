@@ -1,0 +1,274 @@
+"""The sampled distribution against the exact one, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pirl
+from pirl.continuous import ContinuousTrajectories
+from pirl.datasets import simulate
+from pirl.envs import gridworld, gridworld_features
+from pirl.errors import DataError, HorizonError, InvalidRewardError, InvalidTrajectoriesError, PartitionError
+from pirl.pool import Pool
+from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
+from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
+
+HORIZON, STEPS = 6, 6
+
+
+def problem(slip: float = 0.0) -> tuple[pirl.TabularMDP, Tensor, Tensor]:
+    mdp = gridworld(3, 3, slip=slip, horizon=HORIZON, initial=(0, 0))
+    features = gridworld_features(3, 3, 2)
+    return mdp, features, torch.tensor([1.0, -0.7], dtype=torch.float64)
+
+
+def sampled(mdp: pirl.TabularMDP, reward: Tensor | None, num: int, seed: int = 0) -> Pool:
+    """Roll-outs of the soft policy of a reward (of the base policy without one)."""
+    base = base_policy(mdp)
+    policy = base if reward is None else TabularPolicy(pirl.soft_policy(mdp, reward))
+    generator = torch.Generator().manual_seed(seed)
+    return Pool.of(roll_out(TabularSimulator(mdp), policy, num, generator), policy, base)
+
+
+def test_the_optimal_policy_knows_log_z_exactly_without_chance() -> None:
+    mdp, features, weights = problem()
+    reward = pirl.linear_reward(features, weights)
+    law = SampledMaxEntTrajectory(sampled(mdp, reward, 50), reward)
+    exact = pirl.log_partition(mdp, reward)
+    torch.testing.assert_close(law.log_partition, exact, rtol=0, atol=1e-12)
+    assert float(law.estimate().ess) == pytest.approx(50, rel=1e-9)
+    demos = simulate(mdp, reward, 20, STEPS)
+    table = demos.as_tensor()
+    assert table is not None
+    whole = pirl.MaxEntTrajectory(mdp, reward, lengths=demos.lengths).log_prob(table)
+    without = pirl.MaxEntTrajectory(mdp, 0 * reward, lengths=demos.lengths).log_prob(table)  # log p(tau), as Z = 1
+    torch.testing.assert_close(law.log_prob(table), whole - without, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("slip", [0.0, 0.2])
+def test_several_policies_agree_with_the_exact_log_z(slip: float) -> None:
+    mdp, features, weights = problem(slip)
+    reward = pirl.linear_reward(features, weights)
+    pool = sampled(mdp, None, 4_000)
+    policy = TabularPolicy(pirl.soft_policy(mdp, 0.7 * reward))
+    pool = pool.add(roll_out(TabularSimulator(mdp), policy, 6_000, torch.Generator().manual_seed(1)), policy)
+    assert len(pool) == 10_000 and len(pool.policies) == 2
+    estimate = SampledMaxEntTrajectory(pool, reward).estimate()
+    # Within 4 standard errors, and the first-order bias, half the square of one.
+    error = float(estimate.standard_error)
+    assert 1e-3 < error < 0.02
+    assert abs(float(estimate.log_partition - pirl.log_partition(mdp, reward))) < 4 * error + error**2
+    newest = pool.newest(1)
+    assert len(newest) == 6_000 and len(newest.policies) == 1
+    torch.testing.assert_close(newest.log_ratio, pool.log_base[4_000:] - pool.log_densities[1, 4_000:])
+
+
+def test_gradient_batches_and_vmap_agree() -> None:
+    mdp, features, _ = problem(0.1)
+    pool = sampled(mdp, None, 300)
+    weights = torch.randn(5, 2, dtype=torch.float64)
+    demos = simulate(mdp, pirl.linear_reward(features, weights[0]), 7, STEPS)
+    table = demos.as_tensor()
+    assert table is not None
+
+    def total(w: Tensor) -> Tensor:
+        reward = pirl.linear_reward(features, w)
+        return SampledMaxEntTrajectory(pool, reward, lengths=demos.lengths).log_prob(table).sum()
+
+    values, gradients = torch.func.vmap(torch.func.grad_and_value(total))(weights)[::-1]
+    counts, used = pool.visits(None, (9, 5))
+    seen, visited = pool.visits(table, (9, 5))
+    state_features = features[used // 5], features[visited // 5]
+    for i, w in enumerate(weights):
+        torch.testing.assert_close(values[i], total(w), rtol=1e-12, atol=1e-12)
+        chance = (counts @ (state_features[0] @ w) + pool.log_ratio).softmax(0)
+        expected = (seen @ state_features[1]).sum(0) - len(demos) * (chance @ counts @ state_features[0])
+        torch.testing.assert_close(gradients[i], expected, rtol=0, atol=1e-10)
+    batched = SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights).unsqueeze(1), lengths=demos.lengths)
+    assert batched.batch_shape == (5, 7)
+    torch.testing.assert_close(batched.log_prob(table).sum(-1), values, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_follow_the_tilted_law() -> None:
+    mdp, features, weights = problem(0.1)
+    reward = pirl.linear_reward(features, weights)
+    law = SampledMaxEntTrajectory(sampled(mdp, None, 20_000), reward)
+    drawn = law.sample((20_000,))
+    assert drawn.shape == (20_000, STEPS + 1, 2)
+    mean = reward.squeeze(-1)[drawn[:, :-1, 0]].sum(-1).mean()
+    exact = (pirl.occupancy(mdp, reward, "trajectory") * reward).sum()
+    spread = float(reward.squeeze(-1)[drawn[:, :-1, 0]].sum(-1).std())
+    ess = float(law.estimate().ess)
+    assert abs(float(mean - exact)) < 4 * spread * math.sqrt(1 / 20_000 + 1 / ess)
+
+
+def model(demos: pirl.Trajectories, pool: Pool, features: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"dims": ["feature"]})
+    with pyro.plate("episode", len(demos)):
+        law = SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"dims": ["feature"]})
+    with pyro.plate("episode", len(demos)):
+        law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+@pytest.mark.slow
+def test_the_posterior_is_the_exact_one_where_the_gate_holds() -> None:
+    mdp, features, weights = problem(0.1)
+    demos = simulate(mdp, pirl.linear_reward(features, weights), 10, STEPS)
+    pool = sampled(mdp, None, 20_000)
+    options = {"num_chains": 64, "num_warmup": 150, "num_samples": 60, "progress": False, "num_prior": 0}
+    found = pirl.fit(model, demos, pool, features, num_posterior_predictive=8, **options)
+    exact = pirl.fit(exact_model, demos, mdp, features, num_posterior_predictive=0, **options)
+    assert found.attrs["partition_estimator"].startswith("importance sampling")
+    assert found.attrs["partition_trusted"] == "True" and found.attrs["partition_ess"] > 1_000
+    assert found["posterior_predictive"]["trajectories"].shape[-3:] == (10, STEPS + 1, 2)
+    a, b = (x.posterior["weights"].values.reshape(-1, 2) for x in (found, exact))
+    spread = b.std(0)
+    # sqrt(M / ESS) = 0.1 sd of the estimate of log Z, and 0.05 of the two chains' Monte Carlo errors.
+    assert (abs(a.mean(0) - b.mean(0)) < 0.15 * spread).all()
+    assert (abs(a.std(0) / spread - 1) < 0.1).all()
+
+
+def test_a_poor_pool_is_told() -> None:
+    mdp, features, weights = problem(0.1)
+    demos = simulate(mdp, pirl.linear_reward(features, weights), 30, STEPS)
+    with pytest.warns(pirl.errors.ConvergenceWarning, match="effective samples of 60 for 30 demonstrations"):
+        found = pirl.fit(model, demos, sampled(mdp, None, 60), features, engine="laplace", num_samples=50,
+                         progress=False, num_prior=0, num_posterior_predictive=0)  # fmt: skip
+    assert found.attrs["partition_trusted"] == "False"
+
+
+# ------------------------------------------------------------------------------------------------- vectors as states
+
+
+def vectors(num: int = 40, steps: int = 5) -> tuple[Rollouts, object]:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(num, steps + 1, 2, generator=generator, dtype=torch.float64)
+    actions = torch.randn(num, steps, 1, generator=generator, dtype=torch.float64)
+
+    class Standard:
+        def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randn(len(states), 1, generator=generator, dtype=torch.float64)
+
+        def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
+            return -0.5 * (actions.square() + math.log(2 * math.pi)).sum(-1)
+
+    policy = Standard()
+    density = sum(policy.log_prob(states[:, t], actions[:, t], t) for t in range(steps))
+    return Rollouts(states, actions, density, torch.full((num,), steps)), policy  # type: ignore[arg-type]
+
+
+def features_of(states: Tensor, actions: Tensor) -> Tensor:
+    return torch.cat([states, actions.square()], -1)
+
+
+def test_features_functions_and_networks_agree() -> None:
+    rollouts, policy = vectors()
+    pool = Pool.of(rollouts, policy, policy)  # type: ignore[arg-type]
+    demos = ContinuousTrajectories(rollouts.states[:3], rollouts.actions[:3])
+    table = demos.as_tensor()
+    assert table is not None
+    weights = torch.tensor([0.3, -0.2, -0.1], dtype=torch.float64)
+    by_features = SampledMaxEntTrajectory(pool, FeatureReward(features_of, weights), lengths=demos.lengths)
+    by_function = SampledMaxEntTrajectory(pool, lambda s, a: features_of(s, a) @ weights, lengths=demos.lengths)
+    torch.testing.assert_close(by_features.log_prob(table), by_function.log_prob(table), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(by_features.log_partition, by_function.log_partition, rtol=1e-12, atol=1e-12)
+    returns = (features_of(rollouts.states[:, :-1], rollouts.actions) @ weights).sum(-1)
+    torch.testing.assert_close(by_features.log_partition, returns.logsumexp(0) - math.log(40), rtol=1e-12, atol=1e-12)
+    assert by_features.sample().shape == (3, 6, 3)
+
+
+def test_shorter_episodes_count_their_own_steps() -> None:
+    states, actions = torch.arange(12.0).reshape(2, 3, 2), torch.ones(2, 2, 1)
+    demos = ContinuousTrajectories(states, actions, [2, 1])
+    assert demos.states[1, 2].tolist() == demos.states[1, 1].tolist() and demos.actions[1, 1].tolist() == [0.0]
+    assert demos[[1]].lengths.tolist() == [1] and demos.unobserved().as_tensor() is None
+    assert demos.to(dtype=torch.float32).dtype == torch.float32
+
+
+def test_files(tmp_path: object) -> None:
+    import h5py
+
+    path = str(tmp_path)
+    states, actions = torch.rand(3, 5, 2).double().numpy(), torch.rand(3, 4, 1).double().numpy()
+    np.savez(f"{path}/a.npz", states=states, actions=actions)
+    np.savez(f"{path}/b.npz", obs=states.reshape(15, 2), acts=actions.reshape(12, 1), indices=[4, 8])
+    with h5py.File(f"{path}/c.hdf5", "w") as file:
+        for i in range(3):
+            group = file.create_group(f"episode_{i}")
+            group["observations"], group["actions"] = states[i], actions[i]
+    expected = ContinuousTrajectories(states, actions).as_tensor()
+    read = [
+        ContinuousTrajectories.from_npz(f"{path}/a.npz"),
+        ContinuousTrajectories.from_npz(f"{path}/b.npz"),
+        ContinuousTrajectories.from_hdf5(f"{path}/c.hdf5"),
+        ContinuousTrajectories.from_episodes(zip(states, actions, strict=True)),
+    ]
+    for found in read:
+        torch.testing.assert_close(found.as_tensor(), expected)
+    (tmp_path / "d.npz").write_bytes(b"nothing")  # type: ignore[operator]
+    for name in ("d.npz", "absent.npz"):
+        with pytest.raises(DataError, match=name):
+            ContinuousTrajectories.from_npz(f"{path}/{name}")
+    with pytest.raises(DataError, match=r"d\.npz"):
+        ContinuousTrajectories.from_hdf5(f"{path}/d.npz")
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_bad_input_is_named() -> None:
+    mdp, features, weights = problem()
+    reward = pirl.linear_reward(features, weights)
+    pool = sampled(mdp, None, 20)
+    with pytest.raises(HorizonError, match="trajectory 1 has 4 decisions, and the pool's have 6"):
+        SampledMaxEntTrajectory(pool, reward, lengths=torch.tensor([6, 4]))
+    with pytest.raises(InvalidRewardError, match="NaN"):
+        SampledMaxEntTrajectory(pool, torch.full((9, 5), math.nan, dtype=torch.float64))
+    with pytest.raises(InvalidRewardError, match="no row for every state"):
+        SampledMaxEntTrajectory(pool, torch.zeros(2, 5, dtype=torch.float64))
+    with pytest.raises(InvalidRewardError, match="need a table"):
+        SampledMaxEntTrajectory(pool, lambda s, a: s.sum(-1))
+    with pytest.raises(InvalidTrajectoriesError, match="do not fit a pool"):
+        pool.add(vectors()[0], base_policy(mdp))
+    up = torch.full((9, 5), -math.inf, dtype=torch.float64)
+    up[:, 0] = 0.0
+    only_up = TabularPolicy(up)
+    narrow = Pool.of(roll_out(TabularSimulator(mdp), only_up, 5), only_up, base_policy(mdp))
+    demos = simulate(mdp, reward, 3, STEPS)
+    with pytest.raises(PartitionError, match="demonstration 0 has probability 0 under every policy"):
+        narrow.check_support(demos.states, demos.actions, demos.lengths)
+    with pytest.raises(PartitionError, match="density 0 under every proposal"):
+        Pool.of(roll_out(TabularSimulator(mdp), base_policy(mdp), 5), only_up)
+    rollouts, policy = vectors()
+    with pytest.raises(InvalidRewardError, match="needs numbered states"):
+        SampledMaxEntTrajectory(Pool.of(rollouts, policy), reward)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("states", "actions", "lengths", "says"),
+    [
+        (torch.zeros(2, 3, 1), torch.zeros(2, 5, 1), None, "3 states do not fit 5 actions"),
+        (torch.zeros(2, 3), torch.zeros(2, 2), None, r"are not \[N, T \+ 1, ds\]"),
+        (torch.zeros(0, 3, 1), torch.zeros(0, 2, 1), None, "are not"),
+        (torch.full((1, 3, 1), math.nan), torch.zeros(1, 2, 1), None, "trajectory 0, step 0"),
+        (torch.zeros(1, 3, 1), torch.zeros(1, 2, 1), [3], "lengths must be 1 whole numbers from 0 to 2"),
+        ([np.zeros((3, 1))], [np.zeros((5, 1))], None, "trajectory 0 has states"),
+        ([np.zeros((3, 1)), np.zeros((3, 2))], [np.zeros((2, 1))] * 2, None, "disagree in the size"),
+    ],
+)
+def test_bad_vectors_are_named(states: object, actions: object, lengths: object, says: str) -> None:
+    with pytest.raises(InvalidTrajectoriesError, match=says):
+        ContinuousTrajectories(states, actions, lengths)
