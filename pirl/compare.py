@@ -400,7 +400,7 @@ def print_comparison(table: pandas.DataFrame) -> None:
         printed.add_row(*map(Text, [str(name), *texts]))
     Console(highlight=False, width=max(Console().width, WIDTH)).print(printed)
     print(
-        "\nlog-lik. is of held-out decisions, in nats: higher is better. EVD is the return lost under the true reward,\n"
-        "EPIC the distance of the reward from it, feature gap that of expected features: lower is better. A reward acts\n"
-        "by its optimal policy; an answer that is a policy (mean, CVaR, max-margin, cloning) acts as it is."
+        "\nlog-lik. is of held-out decisions, in nats: higher is better. EVD is the return lost under the true\n"
+        "reward, EPIC the distance of the reward from it, feature gap that of expected features: lower is better.\n"
+        "A reward acts by its optimal policy; an answer that is a policy (mean, CVaR, max-margin, cloning) as it is."
     )

@@ -38,14 +38,11 @@ def point_estimates(slip: float, num_rollouts: int, seed: int) -> None:
     """Print each rung's distance from maximum likelihood, what it cost, and sd(log w) by round."""
     mdp, features, demos = problem(slip, 200, seed)
     exact = maxent(demos, mdp, features, reading="trajectory").parameters["weights"]
+    often = {"num_rollouts": num_rollouts, "num_rounds": 12, "tolerance": 0.0}
     methods = {
-        "guided cost": lambda s: guided_cost(
-            demos, s, features, num_rollouts=num_rollouts, num_rounds=12, tolerance=0.0
-        ),
-        "GAN-IRL": lambda s: adversarial(demos, s, features, num_rollouts=num_rollouts, num_rounds=12, tolerance=0.0),
-        "GAN-IRL, even odds": lambda s: adversarial(
-            demos, s, features, odds="even", num_rollouts=num_rollouts, num_rounds=12, tolerance=0.0
-        ),
+        "guided cost": lambda s: guided_cost(demos, s, features, **often),
+        "GAN-IRL": lambda s: adversarial(demos, s, features, **often),
+        "GAN-IRL, even odds": lambda s: adversarial(demos, s, features, odds="even", **often),
         "1/M gradient": lambda s: sample_gradient(demos, s, features, num_rollouts=1000, num_rounds=100, rate=2.0),
         "weighted gradient": lambda s: sample_gradient(
             demos, s, features, reuse=True, num_rollouts=200, num_rounds=100, rate=2.0
@@ -60,7 +57,7 @@ def point_estimates(slip: float, num_rollouts: int, seed: int) -> None:
         sd = found.history["sd_log_weight"]
         print(
             f"slip {slip:.1f} seed {seed} {name:20} weights off by {error:6.1%}  log Z off by {learned - log_z:+.3f}  "
-            f"ESS {found.attrs['ess']:8.0f}  {found.attrs['environment_steps']:>9,} steps {found.attrs['seconds']:5.1f} s"
+            f"ESS {found.attrs['ess']:8.0f} {found.attrs['environment_steps']:9,} steps {found.attrs['seconds']:5.1f} s"
             f"  sd(log w) {sd[0]:.3f} {sd[1]:.3f} ... {sd[-1]:.3g}"
         )
 
@@ -92,9 +89,9 @@ def posteriors(slip: float, seed: int) -> None:
     seconds = time.perf_counter() - began
     exact = pirl.fit(exact_model, demos, mdp, features, **options)
     a, b = (x.posterior["weights"].values.reshape(-1, FEATURES) for x in (found.posterior, exact))
-    attrs = found.posterior.attrs
+    attrs, off = found.posterior.attrs, (abs(a.mean(0) - b.mean(0)) / b.std(0)).max()
     print(
-        f"slip {slip:.1f} seed {seed} posterior: means off by at most {(abs(a.mean(0) - b.mean(0)) / b.std(0)).max():.3f} sd, "
+        f"slip {slip:.1f} seed {seed} posterior: means off by {off:.3f} sd at most, "
         f"sds by {abs(a.std(0) / b.std(0) - 1).max():.1%}; {len(found.history)} rounds, {len(found.pool):,} samples, "
         f"{simulator.steps_taken:,} steps, ESS {attrs['partition_ess']:.0f}, k-hat {attrs['partition_pareto_k']:.2f}, "
         f"trusted {attrs['partition_trusted']}, {seconds:.0f} s"
