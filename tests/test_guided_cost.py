@@ -14,7 +14,7 @@ from torch import Tensor
 import pirl
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
-from pirl.baselines.guided_cost import Sums, _likelihood
+from pirl.baselines.guided_cost import Sums, _climb, _likelihood
 from pirl.convergence import ess_bulk
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
@@ -87,6 +87,20 @@ def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
     torch.testing.assert_close(
         step.curvature, -torch.func.jacrev(torch.func.jacrev(value))(point), rtol=1e-10, atol=1e-10
     )
+
+
+def test_a_reward_step_ends_where_samples_end() -> None:
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(500, 1, generator=generator, dtype=torch.float64)
+    far = torch.full((20, 1), 3.5, dtype=torch.float64)  # where hardly a sample is: the likelihood says much further
+    sums = Sums(far, made, torch.zeros(500).double(), torch.zeros(20).double())
+    start = torch.zeros(1, dtype=torch.float64)
+    for least in (0.5, 0.05):
+        found, free = _climb(lambda x: _likelihood(sums, x, 0.0), start, 1, sums, least)
+        share = (made @ found).softmax(0)
+        ess = float(1 / share.square().sum()) / 500
+        assert not free and least <= ess < 1.1 * least
+    assert _climb(lambda x: _likelihood(sums._replace(demos=0.2 + 0 * far), x, 0.0), start, 1, sums, 0.05)[1]
 
 
 def test_the_discriminator_knows_both_unknowns_when_samples_are_plenty() -> None:

@@ -272,3 +272,20 @@ def test_bad_input_is_named() -> None:
 def test_bad_vectors_are_named(states: object, actions: object, lengths: object, says: str) -> None:
     with pytest.raises(InvalidTrajectoriesError, match=says):
         ContinuousTrajectories(states, actions, lengths)
+
+
+def test_terminal_states_collect_their_reward_once() -> None:
+    mdp = gridworld(3, 3, slip=0.0, horizon=HORIZON, initial=(0, 0), terminal=[(2, 2)])
+    reward = torch.randn(9, 5, dtype=torch.float64)
+    reward[8, 0] = 2.0
+    pool = sampled(mdp, reward, 200)
+    assert bool((pool.lengths < HORIZON).any())  # some ended, and their no-op counts
+    law = SampledMaxEntTrajectory(pool, reward)
+    torch.testing.assert_close(law.log_partition, pirl.log_partition(mdp, reward), rtol=0, atol=1e-12)
+    table = simulate(mdp, reward, 30, STEPS).as_tensor()
+    assert table is not None
+    lengths = (table[..., 1] >= 0).sum(-1)
+    whole = pirl.MaxEntTrajectory(mdp, reward, lengths=torch.full((30,), STEPS)).log_prob(table)
+    without = pirl.MaxEntTrajectory(mdp, 0 * reward, lengths=torch.full((30,), STEPS)).log_prob(table)
+    found = SampledMaxEntTrajectory(pool, reward, lengths=lengths).log_prob(table)
+    torch.testing.assert_close(found, whole - without, rtol=0, atol=1e-11)
