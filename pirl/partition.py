@@ -97,6 +97,55 @@ def mixture_log_density(log_densities: Float[Tensor, "K N"], counts: Tensor) -> 
     return log_density
 
 
+def reconcile(
+    log_densities: Float[Tensor, "K N"],
+    origin: Int[Tensor, " N"],
+    errors: Float[Tensor, " K"],
+    worth: Float[Tensor, " K"] | None = None,
+) -> Float[Tensor, " K"]:
+    """What to add to the proposals' estimated log normalising constants, so that all samples agree on them.
+
+    Samples that several proposals could have made tell the ratios of their constants: by reverse logistic regression
+    (Geyer 1994; the same as MBAR, Shirts and Chodera 2008), the maximum of the likelihood of which proposal each
+    sample came from, p(k | tau) proportional to n_k q_k(tau) exp(-c_k). Its variance is H^- - diag(1/n) (Kong et al.
+    2003): none where proposals are the same. Weighed against what is known of each constant beforehand, N(0, error^2).
+
+    Args:
+        log_densities: log q_k of every sample under every proposal, with the constants as estimated.
+        origin: which proposal each sample came from.
+        errors: standard errors of the log constants; 0 where they are known.
+        worth: independent draws that a sample counts for (particles share ancestors); 1 by default.
+
+    Example:
+        >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1]))
+        tensor([0., 0.])
+    """
+    constants, free = torch.zeros_like(errors), (errors > 0).nonzero().flatten()
+    if len(free) < 2:
+        return constants
+    label = origin.unsqueeze(0) == free.unsqueeze(1)
+    kept = label.any(0)
+    label, density = label[:, kept].to(log_densities), log_densities[free][:, kept]
+    weight = (torch.ones_like(errors) if worth is None else worth)[origin[kept]]
+    counts = (label * weight).sum(1)
+    ones = torch.ones_like(label[:, :1]) @ label.new_ones(1, len(free)) / len(free)  # fixes the sum, which is free
+    agreed = torch.zeros_like(counts)
+    for _ in range(100):
+        share = (counts.log() - agreed).unsqueeze(1).add(density).softmax(0)
+        curvature = torch.diag((share * weight).sum(1)) - (share * weight) @ share.mT
+        step = torch.linalg.solve(curvature + counts.sum() * ones, ((share - label) * weight).sum(1))
+        agreed = agreed + step.clamp(-1, 1)  # a longer one is a sign of samples that do not overlap
+        if float(step.abs().max()) < 1e-10:
+            break
+    centre = torch.eye(len(free)).to(ones) - ones
+    variance = torch.linalg.inv(curvature + counts.sum() * ones) - torch.diag(1 / counts)
+    size, axes = torch.linalg.eigh(centre @ variance @ centre)
+    precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
+    before = torch.diag(errors[free] ** -2)
+    constants[free] = torch.linalg.solve(precision + before, precision @ agreed)
+    return constants
+
+
 def importance(log_weights: Float[Tensor, "*batch N"]) -> PartitionEstimate:
     """Importance sampling: log of the mean weight, with diagnostics.
 
@@ -221,41 +270,91 @@ def smc(
     Raises:
         PartitionError: a weight is NaN or +inf, or all weights of a run are 0.
     """
-    shape = (num_runs, num_particles)
+    runs = _filter(particles, num_steps, (num_runs, num_particles), threshold, generator, keep_paths=False)
+    weight = runs.log_weights.softmax(-1) * runs.log_partition.softmax(-1)[:, None]
+    through = (weight * runs.returns).sum()
+    _, relative = _spread(runs.log_partition)
+    return PartitionEstimate(
+        log_mean_exp(runs.log_partition) + (through - through.detach()),
+        relative / math.sqrt(num_runs),
+        1 / weight.square().sum(),
+        pareto_k(runs.log_weights.log_softmax(-1).flatten()),
+        num_runs * num_particles,
+    )
+
+
+class ParticleRuns(NamedTuple):
+    """Independent runs of a particle filter, and the trajectories of their particles."""
+
+    log_partition: Float[Tensor, " R"]
+    """log Z-hat of each run; the mean of Z-hat is unbiased."""
+    log_weights: Float[Tensor, "R n"]
+    """Of the particles at the end, within a run."""
+    returns: Float[Tensor, "R n"]
+    """Of the particles' trajectories; differentiable in the reward."""
+    states: Tensor
+    """``[R, n, T + 1, *event]``."""
+    actions: Tensor
+    """``[R, n, T, *event]``."""
+
+
+@torch.no_grad()
+def smc_trajectories(
+    particles: Particles,
+    num_steps: int,
+    num_particles: int,
+    num_runs: int = 16,
+    threshold: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> ParticleRuns:
+    """:func:`smc`, for the trajectories themselves: weighted draws of p(tau | O).
+
+    Arguments and errors are those of :func:`smc`.
+    """
+    return _filter(particles, num_steps, (num_runs, num_particles), threshold, generator, keep_paths=True)
+
+
+def _filter(
+    particles: Particles,
+    num_steps: int,
+    shape: tuple[int, int],
+    threshold: float,
+    generator: torch.Generator | None,
+    keep_paths: bool,
+) -> ParticleRuns:
     states, ratio = particles.reset(shape)
     twist = particles.twist or (lambda t, s: ratio.new_zeros(shape))
     ahead = twist(0, states).detach()
-    log_weight, log_partition = ratio.detach() + ahead, ratio.new_zeros(num_runs)
+    log_weight, log_partition = ratio.detach() + ahead, ratio.new_zeros(shape[0])
     returns: Tensor = ratio.new_zeros(shape)
+    visited, chosen = [states], list[Tensor]()
     for t in range(num_steps):
-        actions, chosen = particles.propose(t, states)
+        actions, preferred = particles.propose(t, states)
         gained = particles.reward(t, states, actions)
         following, moved = particles.step(t, states, actions)
         later = twist(t + 1, following).detach() if t + 1 < num_steps else torch.zeros_like(ahead)
-        log_weight = log_weight + (gained + chosen + moved + later - ahead).detach()
+        log_weight = log_weight + (gained + preferred + moved + later - ahead).detach()
         _check(log_weight)
         returns, states, ahead = returns + gained, following, later
-        share = _spread(log_weight)[0] / num_particles
-        poor = share < threshold
+        visited, chosen = [*(visited if keep_paths else []), states], [*(chosen if keep_paths else []), actions]
+        poor = _spread(log_weight)[0] / shape[1] < threshold
         if t + 1 < num_steps and bool(poor.any()):
-            ancestor = _systematic(log_weight.softmax(-1), generator)
-            ancestor = torch.where(poor[:, None], ancestor, torch.arange(num_particles, device=ancestor.device))
+            ancestor = systematic(log_weight.softmax(-1), generator)
+            ancestor = torch.where(poor[:, None], ancestor, torch.arange(shape[1], device=ancestor.device))
             log_partition = log_partition + torch.where(poor, log_mean_exp(log_weight), 0.0)
             log_weight = torch.where(poor[:, None], 0.0, log_weight)
             returns, ahead = returns.gather(1, ancestor), ahead.gather(1, ancestor)
-            index = ancestor.reshape(*shape, *(1,) * (states.dim() - 2)).expand_as(states)
-            states = states.gather(1, index)
-    log_runs = log_partition + log_mean_exp(log_weight)
-    weight = log_weight.softmax(-1) * log_runs.softmax(-1)[:, None]
-    through = (weight * returns).sum()
-    ess, relative = _spread(log_runs)
-    return PartitionEstimate(
-        log_mean_exp(log_runs) + (through - through.detach()),
-        relative / math.sqrt(num_runs),
-        1 / weight.square().sum(),
-        pareto_k(log_weight.log_softmax(-1).flatten()),
-        num_runs * num_particles,
+            visited, chosen = [take(x, ancestor) for x in visited], [take(x, ancestor) for x in chosen]
+            states = visited[-1]
+    return ParticleRuns(
+        log_partition + log_mean_exp(log_weight), log_weight, returns, torch.stack(visited, 2), torch.stack(chosen, 2)
     )
+
+
+def take(particles: Tensor, ancestor: Int[Tensor, "R n"]) -> Tensor:
+    """Particles ``[R, n, *event]`` replaced by their ancestors."""
+    index = ancestor.reshape(*ancestor.shape, *(1,) * (particles.dim() - 2)).expand_as(particles)
+    return particles.gather(1, index)
 
 
 def sandwich(
@@ -376,7 +475,7 @@ def _spread(log_weights: Float[Tensor, "*batch N"]) -> tuple[Float[Tensor, "*bat
     return ess, ((count / ess - 1).clamp(min=0) * count / max(count - 1, 1)).sqrt()
 
 
-def _systematic(weights: Float[Tensor, "R n"], generator: torch.Generator | None) -> Int[Tensor, "R n"]:
+def systematic(weights: Float[Tensor, "R n"], generator: torch.Generator | None) -> Int[Tensor, "R n"]:
     """Ancestors of the particles of each run, by one uniform number a run."""
     runs, count = weights.shape
     offset = torch.rand(runs, 1, generator=generator, dtype=weights.dtype).to(weights.device)

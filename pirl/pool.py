@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.errors import HorizonError, InvalidTrajectoriesError, PartitionError
-from pirl.partition import mixture_log_density
-from pirl.simulators import Policy, Rollouts, log_density
+from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
+from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
@@ -42,13 +42,13 @@ class Pool:
     lengths: Int[Tensor, " J"]
     base: Policy | None
     log_base: Float[Tensor, " J"]
-    policies: tuple[Policy, ...]
+    policies: tuple[Policy | WholeLaw, ...]
     origin: Int[Tensor, " J"]
     log_densities: Float[Tensor, "K J"]
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, rollouts: Rollouts, policy: Policy, base: Policy | None = None) -> Pool:
+    def of(cls, rollouts: Rollouts, policy: Policy | WholeLaw, base: Policy | None = None) -> Pool:
         """A pool of one policy's roll-outs.
 
         Args:
@@ -65,8 +65,11 @@ class Pool:
         _ = pool.log_ratio
         return pool
 
-    def add(self, rollouts: Rollouts, policy: Policy) -> Pool:
+    def add(self, rollouts: Rollouts, policy: Policy | WholeLaw) -> Pool:
         """A pool with more samples; every sample's density under every policy is computed once.
+
+        Draws of p(tau | O) for another reward are added by ``pool.add(*pirl.particles.tilt(...))``; what several of
+        them say of each other's normalising constants is brought together by :func:`pirl.partition.reconcile`.
 
         Demonstrations may be added as well, with a policy cloned from them as the estimate of their density (fusion,
         Finn et al. 2016): ``pool.add(rollouts_of(demos), cloned)``.
@@ -139,8 +142,31 @@ class Pool:
             counts = torch.bincount(self.origin, minlength=len(self.policies))
             if bool((self.log_base == torch.inf).any() | self.log_base.isnan().any()):
                 raise PartitionError("the base measure's log density is NaN or +inf at a sample")
-            self._memo["log_ratio"] = self.log_base - mixture_log_density(self.log_densities, counts)
+            densities = self.log_densities - self.constants.unsqueeze(1)
+            self._memo["log_ratio"] = self.log_base - mixture_log_density(densities, counts)
         return self._memo["log_ratio"]
+
+    @property
+    def constants(self) -> Float[Tensor, " K"]:
+        """What is added to each proposal's log normalising constant so that all samples agree; 0 for policies."""
+
+        def compute() -> Tensor:
+            errors = [getattr(policy, "standard_error", 0.0) for policy in self.policies]
+            worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
+            return reconcile(self.log_densities, self.origin, self.log_base.new_tensor(errors), worth)
+
+        return self._remember(("constants",), None, compute)
+
+    @property
+    def efficiency(self) -> float:
+        """Independent draws that a sample counts for on average: 1, or less where particles share ancestors."""
+        worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
+        return float(worth[self.origin].mean())
+
+    def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
+        """log Z-hat and its diagnostics, in which particles that share ancestors count for less than one sample."""
+        found, worth = importance(log_weights), self.efficiency
+        return found._replace(ess=found.ess * worth, standard_error=found.standard_error / worth**0.5)
 
     @property
     def table(self) -> Tensor:
@@ -164,6 +190,7 @@ class Pool:
         """log p - log q of other trajectories, such as demonstrations, under the mixture of all policies."""
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
+        under = under - self.constants.unsqueeze(1)
         return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
 
     def check_support(self, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
@@ -251,7 +278,7 @@ def encode(states: Tensor, actions: Tensor) -> Tensor:
     return torch.cat([states, torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)], -1)
 
 
-def _density(policy: Policy, rollouts: Rollouts) -> Tensor:
+def _density(policy: Policy | WholeLaw, rollouts: Rollouts) -> Tensor:
     return log_density(policy, rollouts.states, rollouts.actions, rollouts.lengths)
 
 

@@ -20,7 +20,7 @@ from pirl.errors import ModelError, OptionError, PirlError
 from pirl.identify import Identification, unidentified
 from pirl.infer.engine import one_thread, own_generator
 from pirl.mdp import TabularMDP
-from pirl.partition import PartitionEstimate, importance
+from pirl.partition import PartitionEstimate
 from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def partition_quality(
     for number in range(len(index)):
         for name, law in laws(number).items():
             weights[name].append(law.log_weights.flatten(0, -2) if law.log_weights.dim() > 1 else law.log_weights[None])
-    found = [importance(torch.cat(rows)) for rows in weights.values()]
+    found = [first[name].pool.judge(torch.cat(rows)) for name, rows in weights.items()]
     value, error, ess, khat = (torch.cat([torch.as_tensor(estimate[part]) for estimate in found]) for part in range(4))
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in found))
     return whole, sum(max(law.batch_shape.numel(), 1) for law in first.values())

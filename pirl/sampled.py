@@ -18,7 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pirl.errors import InvalidRewardError
-from pirl.partition import PartitionEstimate, importance, log_mean_exp
+from pirl.partition import PartitionEstimate, log_mean_exp
 from pirl.pool import Features, Pool
 from pirl.transitions import is_transformed
 
@@ -123,7 +123,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
 
     def estimate(self) -> PartitionEstimate:
         """log Z-hat with its standard error, effective sample size and Pareto k-hat."""
-        return importance(self.log_weights)
+        return self.pool.judge(self.log_weights)
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
         """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau)."""

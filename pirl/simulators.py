@@ -69,6 +69,14 @@ class Policy(Protocol):
         """log pi(a|s), normalised."""
 
 
+@runtime_checkable
+class WholeLaw(Protocol):
+    """A law of trajectories that is no policy, such as that of particles (:mod:`pirl.particles`)."""
+
+    def log_density(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
+        """log q(tau), relative to the dynamics."""
+
+
 class Rollouts(NamedTuple):
     """Episodes that a policy played, in the form of :class:`pirl.Trajectories`.
 
@@ -161,7 +169,7 @@ def roll_out(
 
 
 def log_density(
-    policy: Policy, states: Tensor, actions: Tensor, lengths: Int[Tensor, " num"] | None = None
+    policy: Policy | WholeLaw, states: Tensor, actions: Tensor, lengths: Int[Tensor, " num"] | None = None
 ) -> Float[Tensor, " num"]:
     """sum_t log pi(a_t|s_t) of given episodes: of demonstrations, or of another policy's roll-outs.
 
@@ -179,6 +187,8 @@ def log_density(
         everywhere = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
         acting = everywhere if actions.is_floating_point() else actions >= 0
         lengths = acting.long().cumprod(1).sum(1)
+    if isinstance(policy, WholeLaw):
+        return policy.log_density(states, actions, lengths)
     total = None
     for t in range(int(lengths.max()) if len(lengths) else 0):
         here = (lengths > t).nonzero().flatten()

@@ -25,7 +25,7 @@ from torch import Tensor
 from pirl.errors import DiscountError, InvalidRewardError, OptionError
 from pirl.message_passing import log_policy_to_go, require_finite, require_finite_reward
 from pirl.simulators import Generator, Rollouts, TabularPolicy, roll_out
-from pirl.soft_values import SoftProblem, soft_values
+from pirl.soft_values import Reading, SoftProblem, soft_values
 from pirl.transitions import TransitionMap
 
 
@@ -77,6 +77,10 @@ class SoftPolicy(TabularPolicy):
         super().__init__(log_policy)
         self.values, self.history = values, history
 
+    def value(self, states: Tensor, step: int) -> Float[Tensor, " n"]:
+        """V_t(s) of some states: what a particle filter can be twisted by."""
+        return (self.values[step] if self.values.dim() == 2 else self.values)[states]
+
 
 class SoftQLearner:
     """Soft Q-learning that goes on: new roll-outs, and new rewards, start from all that was learned.
@@ -87,6 +91,9 @@ class SoftQLearner:
         explore: share of decisions that follow the base measure instead of the policy.
         stationary: learn the discounted infinite horizon's policy ``[S, A]`` (replay only); the simulator's horizon is
             then only where roll-outs stop.
+        reading: "causal", MaxEnt RL; or "trajectory" (replay only, no discount): log E exp V in place of E V, whose
+            policy is p(a_t | s_t, O). Of all policies it is the nearest to p(tau | O) in KL(p || q), and the better
+            proposal for log Z under chance; V is log beta.
 
     A pair that was never tried is taken to lead nowhere, Q = r: a promise where rewards are negative, so that the
     policy itself goes there.
@@ -105,7 +112,13 @@ class SoftQLearner:
     """
 
     def __init__(
-        self, simulator: FiniteSimulator, *, replay: bool = True, explore: float = 0.1, stationary: bool = False
+        self,
+        simulator: FiniteSimulator,
+        *,
+        replay: bool = True,
+        explore: float = 0.1,
+        stationary: bool = False,
+        reading: Reading = "causal",
     ) -> None:
         if not 0 <= explore <= 1:
             raise OptionError(f"explore is {explore}; it is a share, from 0 to 1")
@@ -113,7 +126,16 @@ class SoftQLearner:
             raise OptionError("stationary=True sweeps what it keeps: use replay=True, or a finite horizon")
         if stationary and not simulator.discount < 1:
             raise DiscountError(f"a stationary policy needs a discount below 1, not {simulator.discount:g}")
+        if reading not in ("causal", "trajectory"):
+            raise OptionError(f"reading must be 'causal' or 'trajectory', not {reading!r}")
+        if reading == "trajectory" and (stationary or not replay):
+            raise OptionError("reading='trajectory' has a finite horizon, and sweeps what it keeps: use replay=True")
+        if reading == "trajectory" and simulator.discount != 1:
+            raise DiscountError(
+                f"the trajectory reading has no discount, and the simulator's is {simulator.discount:g}"
+            )
         self.simulator, self.replay, self.explore, self.stationary = simulator, replay, explore, stationary
+        self.reading: Reading = reading
         log_prior = simulator.log_prior
         self._counts = _Counts.none(log_prior)
         self._base = torch.log_softmax(log_prior, -1)
@@ -220,7 +242,7 @@ class SoftQLearner:
             now = action.logsumexp(-1)
             return (action - now.unsqueeze(-1)).flip(-3), torch.cat([torch.zeros_like(now[:1]), now])
         horizon = None if self.stationary else self.simulator.horizon
-        problem = counts.problem(self.simulator.log_prior, self.simulator.discount, horizon)
+        problem = counts.problem(self.simulator.log_prior, self.simulator.discount, horizon, self.reading)
         values = soft_values(reward, problem)
         require_finite(reward, values, problem)
         log_policy = log_policy_to_go(reward, values, problem)
@@ -307,9 +329,9 @@ class _Counts(NamedTuple):
         value = self.number.to(self.visits.dtype) / self.visits.reshape(-1)[row]
         return TransitionMap(row, column, value, (self.visits.numel(), states))
 
-    def problem(self, log_prior: Tensor, discount: float, horizon: int | None) -> SoftProblem:
+    def problem(self, log_prior: Tensor, discount: float, horizon: int | None, reading: Reading) -> SoftProblem:
         """The decision problem of these relative frequencies, discounted."""
         mean = self.means
         scaled = TransitionMap(mean.row, mean.column, mean.value * discount, mean.shape)
         ended = (self.visits == 0).to(log_prior.dtype)
-        return SoftProblem(scaled, log_prior, "causal", ended, stop=0.0, horizon=horizon)
+        return SoftProblem(scaled, log_prior, reading, ended, stop=0.0, horizon=horizon)

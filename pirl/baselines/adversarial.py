@@ -37,6 +37,7 @@ def adversarial(
     explore: float = 0.1,
     tolerance: float = 1e-3,
     seed: int = 0,
+    particles: bool = False,
 ) -> PointEstimate:
     """GAN-IRL with a linear reward in a finite space: weights and log Z from a discriminator.
 
@@ -65,7 +66,7 @@ def adversarial(
         return _discriminator(sums, parameters, odds, l2)
 
     return _alternate("GAN-IRL", discriminator, demos, simulator, features, num_rounds, num_rollouts, least_ess,
-                      explore, tolerance, seed, {"l2": l2, "odds": odds}, extra=1)  # fmt: skip
+                      explore, tolerance, seed, particles, {"l2": l2, "odds": odds}, extra=1)  # fmt: skip
 
 
 def _discriminator(sums: Sums, parameters: Tensor, odds: str, l2: float) -> Step:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from pirl.baselines.estimate import PointEstimate
 from pirl.errors import InvalidRewardError, OptionError, PartitionError
-from pirl.partition import importance
+from pirl.particles import tilt
 from pirl.pool import Pool
 from pirl.rewards import linear_reward
 from pirl.simulators import TabularPolicy, roll_out
-from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+from pirl.soft_q_learning import FiniteSimulator, SoftPolicy, SoftQLearner
+from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
 
 _MOST_STEPS = 100
@@ -66,6 +67,7 @@ def guided_cost(
     explore: float = 0.1,
     tolerance: float = 1e-3,
     seed: int = 0,
+    particles: bool = False,
 ) -> PointEstimate:
     """Guided cost learning with a linear reward in a finite space: maximum likelihood of the trajectory reading.
 
@@ -84,11 +86,14 @@ def guided_cost(
         l2: penalty ``l2 / 2 |weights|^2`` on the log-likelihood of all demonstrations.
         explore: share of the base measure among the decisions that teach the policy.
         seed: of all that is random.
+        particles: add draws of p(tau | O) by particles that the policy guides (:func:`pirl.particles.tilt`) instead of
+            the policy's own roll-outs: many times as many effective samples where chance plays a part.
 
     Returns:
         A :class:`PointEstimate` with "weights", and attrs "log_partition", "standard_error" and "ess" (of log Z),
         "environment_steps". Its history has, by round, "objective", "ess", "sd_log_weight" (of the newest policy's
-        own weights: it goes to 0 without chance, and to a floor with it), "change" and "environment_steps".
+        own weights: it goes to 0 without chance, and to a floor with it; of particles always 0), "change" and
+        "environment_steps".
 
     Raises:
         PartitionError: demonstrations that no roll-out could resemble, or no reward step is possible.
@@ -102,7 +107,7 @@ def guided_cost(
         return _likelihood(sums, weights, l2)
 
     return _alternate("guided cost", likelihood, demos, simulator, features, num_rounds, num_rollouts, least_ess,
-                      explore, tolerance, seed, {"l2": l2})  # fmt: skip
+                      explore, tolerance, seed, particles, {"l2": l2})  # fmt: skip
 
 
 def sample_gradient(
@@ -132,7 +137,7 @@ def sample_gradient(
     began = time.perf_counter()
     if rate <= 0:
         raise OptionError(f"rate is {rate}, but must be positive")
-    world = _World(demos, simulator, features, explore, seed)
+    world = _World(demos, simulator, features, SoftQLearner(simulator, explore=explore), seed)
     world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
     sums = world.sums()
     scale = sums.pool.std(0).clamp_min(1e-12)
@@ -168,6 +173,7 @@ def _alternate(
     explore: float,
     tolerance: float,
     seed: int,
+    particles: bool,
     attrs: dict[str, Any],
     extra: int = 0,
 ) -> PointEstimate:
@@ -178,7 +184,9 @@ def _alternate(
             f"num_rounds={num_rounds}, num_rollouts={num_rollouts} and least_ess={least_ess} must be at least 1, "
             "at least 2, and a share between 0 and 1"
         )
-    world = _World(demos, simulator, features, explore, seed)
+    # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
+    reading: Reading = "trajectory" if simulator.discount == 1 else "causal"
+    world = _World(demos, simulator, features, SoftQLearner(simulator, explore=explore, reading=reading), seed)
     newest = world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
     world.pool.check_support(demos.states, demos.actions, demos.lengths)
     num_features = features.shape[-1]
@@ -193,7 +201,8 @@ def _alternate(
         change = float((weights - before).norm() / weights.norm().clamp_min(1e-12))
         value = float(objective(sums, parameters).value)
         converged = free and change < tolerance and number > 0
-        newest = world.extend(world.learn(weights, num_rollouts), num_rollouts)
+        policy = world.learn(weights, num_rollouts)
+        newest = world.tilt(policy, weights, num_rollouts) if particles else world.extend(policy, num_rollouts)
         world.record(history, weights, newest, value, change)
         if converged:
             break
@@ -207,7 +216,7 @@ class _World:
     """Demonstrations, a pool that grows, and a learner of policies."""
 
     def __init__(
-        self, demos: Trajectories, simulator: FiniteSimulator, features: Tensor, explore: float, seed: int
+        self, demos: Trajectories, simulator: FiniteSimulator, features: Tensor, learner: SoftQLearner, seed: int
     ) -> None:
         self.shape: tuple[int, int] = simulator.log_prior.shape  # type: ignore[assignment]
         if features.dim() not in (2, 3) or features.shape[:-1] not in (self.shape[:1], self.shape):
@@ -217,7 +226,7 @@ class _World:
             )
         self.demos, self.simulator, self.features = demos, simulator, features.to(simulator.log_prior)
         self.generator = torch.Generator(device=simulator.log_prior.device).manual_seed(seed)
-        self.learner = SoftQLearner(simulator, explore=explore)
+        self.learner = learner
         self.base = TabularPolicy(_log_base(simulator))
         self.pool: Pool = None  # type: ignore[assignment]
         self.steps = 0
@@ -225,7 +234,7 @@ class _World:
     def reward(self, weights: Tensor) -> Tensor:
         return linear_reward(self.features, weights)
 
-    def learn(self, weights: Tensor, num_rollouts: int) -> TabularPolicy:
+    def learn(self, weights: Tensor, num_rollouts: int) -> SoftPolicy:
         """Two looks at the world: with the policy for this reward so far, and with the one that this taught."""
         policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
         self.steps += policy.history[-1].steps
@@ -242,6 +251,15 @@ class _World:
         else:
             self.pool = self.pool.add(rollouts, policy)
         return slice(size, size + num_rollouts)
+
+    def tilt(self, policy: SoftPolicy, weights: Tensor, num_rollouts: int) -> slice:
+        """Add particles that follow a reward; where they are."""
+        reward = self.reward(weights).expand(self.shape)
+        drawn = tilt(self.simulator, policy, reward, num_rollouts, self.generator, base=self.base)
+        self.steps += int(drawn[0].lengths.sum())
+        size = len(self.pool)
+        self.pool = self.pool.add(*drawn)
+        return slice(size, len(self.pool))
 
     def sums(self) -> Sums:
         flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)
@@ -260,7 +278,7 @@ class _World:
         sums = self.sums()
         origin = int(self.pool.origin[newest][0])
         own = sums.pool[newest] @ weights + self.pool.log_base[newest] - self.pool.log_densities[origin, newest]
-        ess = float(importance(sums.pool @ weights + sums.log_ratio).ess)
+        ess = float(self.pool.judge(sums.pool @ weights + sums.log_ratio).ess)
         numbers = (value, ess, float(own.std()), change, float(self.steps))
         for key, number in zip(_HISTORY, numbers, strict=True):
             history[key].append(number)
@@ -275,7 +293,7 @@ class _World:
         attrs: dict[str, Any],
     ) -> PointEstimate:
         sums, reward = self.sums(), self.reward(weights)
-        found = importance(sums.pool @ weights + sums.log_ratio)
+        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
         log_policy = self.learner.solve(reward)
         told = {
             **attrs,

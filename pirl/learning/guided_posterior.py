@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError
 from pirl.fit import fit
+from pirl.particles import ValuedPolicy, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
 from pirl.posterior import sampled_rewards
-from pirl.simulators import Generator, Policy, TabularPolicy, roll_out
+from pirl.simulators import Generator, Policy, Simulator, TabularPolicy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def bayesian_guided_cost(
     num_rollouts: int = 500,
     seed: int = 0,
     progress: bool = True,
+    particles: bool | None = None,
     guide_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GuidedPosterior:
@@ -75,6 +77,8 @@ def bayesian_guided_cost(
         num_rounds: at most.
         num_policies: posterior draws a round that a policy is trained for.
         num_rollouts: of each policy.
+        particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
+            of its own roll-outs; where the simulator can step and the policy has values, by default.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
     A pool that is still too poor after the last round is told by a warning and by the posterior's label.
@@ -92,6 +96,8 @@ def bayesian_guided_cost(
         raise OptionError("num_rounds, num_policies and num_rollouts must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     finite = isinstance(simulator, FiniteSimulator)
+    if particles and not isinstance(simulator, Simulator):
+        raise OptionError("particles=True needs a simulator with reset and step: this one plays whole episodes")
     if base is None:
         if not finite:
             raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
@@ -127,13 +133,19 @@ def bayesian_guided_cost(
         rewards = sampled_rewards(posterior, model, demos, pool, *args, num_draws=num_policies, seed=seed + number)
         for reward in rewards:
             policy = policy_step(reward, generator)
-            pool = pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
+            valued = isinstance(policy, ValuedPolicy) and isinstance(simulator, Simulator)
+            if particles and not valued:
+                raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
+            if isinstance(policy, ValuedPolicy) and valued and particles is not False:
+                pool = pool.add(*tilt(simulator, policy, reward, num_rollouts, generator, base=base))
+            else:
+                pool = pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
     posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
     return GuidedPosterior(posterior, pool, history)
 
 
 def _soft_q_step(simulator: FiniteSimulator, num_rollouts: int) -> PolicyStep:
-    learner = SoftQLearner(simulator)
+    learner = SoftQLearner(simulator, reading="trajectory" if simulator.discount == 1 else "causal")
 
     def step(reward: Tensor, generator: Generator) -> Policy:
         return learner.update(reward, num_rollouts, generator)

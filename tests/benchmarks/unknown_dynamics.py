@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.unknown_dynamics
 
-A 6 x 6 gridworld with 8 features, horizon 12, 200 demonstrations of the trajectory reading, slip 0 and 0.1. References:
-maximum likelihood and the posterior with exact messages.
+A 6 x 6 gridworld with 8 kinds of ground, horizon 12, 200 demonstrations of the trajectory reading, slip 0 and 0.1.
+References: maximum likelihood and the posterior with exact messages.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from torch import Tensor
 
 import pirl
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
-from pirl.envs import gridworld, gridworld_features
+from pirl.envs import gridworld
 from pirl.learning import bayesian_guided_cost
 from pirl.simulators import TabularSimulator
 
 FEATURES, STEPS = 8, 12
 
 
+def ground() -> Tensor:
+    """Eight kinds of ground on three cells each, and twelve bare cells: weights that demonstrations can tell apart."""
+    cells = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    features = torch.zeros(36, FEATURES, dtype=torch.float64)
+    features[cells[: 3 * FEATURES], torch.arange(FEATURES).repeat(3)] = 1.0
+    return features
+
+
 def problem(slip: float, num: int, seed: int) -> tuple[pirl.TabularMDP, Tensor, pirl.Trajectories]:
     """A world, its features, and demonstrations of weights from N(0, I)."""
     torch.manual_seed(seed)
     mdp = gridworld(6, 6, slip=slip, horizon=STEPS, initial=(2, 2))
-    features = gridworld_features(6, 6, FEATURES)
+    features = ground()
     reward = pirl.linear_reward(features, torch.randn(FEATURES, dtype=torch.float64))
     seen = pirl.MaxEntTrajectory(mdp, reward, lengths=torch.full((num,), STEPS)).sample()
     return mdp, features, pirl.Trajectories(seen[..., 0], seen[:, :-1, 1])
@@ -37,11 +45,16 @@ def problem(slip: float, num: int, seed: int) -> tuple[pirl.TabularMDP, Tensor, 
 def point_estimates(slip: float, num_rollouts: int, seed: int) -> None:
     """Print each rung's distance from maximum likelihood, what it cost, and sd(log w) by round."""
     mdp, features, demos = problem(slip, 200, seed)
-    exact = maxent(demos, mdp, features, reading="trajectory").parameters["weights"]
+    best = maxent(demos, mdp, features, reading="trajectory")
+    exact = best.parameters["weights"]
+    print(f"slip {slip:.1f} seed {seed} maximum likelihood: |w| {exact.norm():.2f}, standard errors "
+          f"{best.standard_errors()['weights'].numpy().round(2)}")  # fmt: skip
     often = {"num_rollouts": num_rollouts, "num_rounds": 12, "tolerance": 0.0}
     methods = {
         "guided cost": lambda s: guided_cost(demos, s, features, **often),
+        "... by particles": lambda s: guided_cost(demos, s, features, particles=True, **often),
         "GAN-IRL": lambda s: adversarial(demos, s, features, **often),
+        "GAN-IRL, particles": lambda s: adversarial(demos, s, features, particles=True, **often),
         "GAN-IRL, even odds": lambda s: adversarial(demos, s, features, odds="even", **often),
         "1/M gradient": lambda s: sample_gradient(demos, s, features, num_rollouts=1000, num_rounds=100, rate=2.0),
         "weighted gradient": lambda s: sample_gradient(

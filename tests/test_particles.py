@@ -1,0 +1,210 @@
+"""Particles as proposals: unbiased, draws of p(tau | O), honest about shared ancestors, at one about constants."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import pirl
+from pirl.envs import gridworld, gridworld_features
+from pirl.errors import OptionError, SimulatorError
+from pirl.linear_gaussian import LinearGaussian
+from pirl.message_passing import messages
+from pirl.particles import TiltedProposal, tilt
+from pirl.partition import reconcile
+from pirl.pool import Pool
+from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
+from pirl.soft_q_learning import SoftPolicy, SoftQLearner
+
+STEPS = 6
+
+
+def world(slip: float = 0.3, terminal: bool = False) -> tuple[pirl.TabularMDP, Tensor]:
+    ends = [(2, 2)] if terminal else []
+    mdp = gridworld(3, 3, slip=slip, horizon=STEPS, initial=(0, 0), terminal=ends)
+    reward = pirl.linear_reward(gridworld_features(3, 3, 3), torch.tensor([1.5, -1.0, 0.5], dtype=torch.float64))
+    return mdp, reward.expand(-1, mdp.num_actions).contiguous()
+
+
+def learned(mdp: pirl.TabularMDP, reward: Tensor, num: int = 300) -> SoftPolicy:
+    learner = SoftQLearner(TabularSimulator(mdp), reading="trajectory", explore=0.5)
+    for seed in range(3):
+        policy = learner.update(reward, num, torch.Generator().manual_seed(seed))
+    return policy
+
+
+def test_the_trajectory_readings_policy_is_learned() -> None:
+    mdp, reward = world(slip=0.0)
+    exact = messages(mdp, reward)
+    policy = learned(mdp, reward)
+    seen = exact.mu.sum(-1) > 0
+    assert torch.allclose(policy.values[seen], exact.log_beta[:STEPS][seen], atol=1e-10)
+    # Under chance it tends to the tilted policy, and not to the causal one.
+    mdp, reward = world(slip=0.3)
+    found = learned(mdp, reward, 4000).log_policy.exp()
+    tilted, causal = (pirl.soft_policy(mdp, reward, reading).exp() for reading in ("trajectory", "causal"))
+    weight = messages(mdp, reward).mu.sum(-1, keepdim=True)
+    far = lambda other: float((weight * (found - other).abs()).sum())  # noqa: E731
+    assert far(tilted) < far(causal) / 4
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_particles_are_unbiased_and_draw_from_the_tilted_law(terminal: bool) -> None:
+    mdp, reward = world(terminal=terminal)
+    exact = messages(mdp, reward)
+    log_z = float(pirl.log_partition(mdp, reward))
+    policy = learned(mdp, reward, 50)  # a poor twist: nothing may depend on it
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(1)
+    ratios, visits = [], []
+    for _ in range(60):
+        rollouts, proposal = tilt(simulator, policy, reward, 400, generator, base=base, num_runs=4)
+        ratio = math.exp(proposal.log_partition - log_z)
+        states, actions, counted = rollouts.pairs()
+        count = torch.zeros(mdp.num_states * mdp.num_actions, dtype=torch.float64)
+        pair = states * mdp.num_actions + actions
+        count.index_add_(0, pair[counted], torch.ones(int(counted.sum()), dtype=torch.float64))
+        ratios.append(ratio)
+        visits.append(ratio * count / len(rollouts.lengths))  # Z-hat times the draws' mean is unbiased
+        own = proposal.log_density(rollouts.states, rollouts.actions, rollouts.lengths)
+        assert torch.equal(own, rollouts.log_density)
+    ratio = torch.tensor(ratios)
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(len(ratio))
+    found = torch.stack(visits)
+    error = found.std(0) / math.sqrt(len(found))
+    expected = exact.mu.sum(0).flatten()
+    assert bool(((found.mean(0) - expected).abs() <= 4.5 * error + 1e-12).all())
+
+
+def test_efficiency_says_what_a_particle_is_worth() -> None:
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    blind = SoftPolicy(base.log_policy.expand(STEPS, -1, -1), torch.zeros(STEPS, mdp.num_states).double(), ())
+    generator = torch.Generator().manual_seed(2)
+    means, worth, spread = [], [], []
+    for _ in range(80):
+        rollouts, proposal = tilt(simulator, blind, 2 * reward, 400, generator, base=base, num_runs=20)
+        value = rollouts.returns(2 * reward)
+        means.append(float(value.mean()))
+        worth.append(proposal.efficiency)
+        spread.append(float(value.var()))
+    honest = sum(spread) / len(spread) / float(torch.tensor(means).var()) / 400
+    # A variance of 80 means, and efficiencies from 20 runs each: within a factor of two.
+    assert 0.5 < honest / (sum(worth) / len(worth)) < 2
+    assert sum(worth) / len(worth) < 0.7
+    # Where nothing is left to chance and the twist is exact, no particle is resampled.
+    mdp, reward = world(slip=0.0)
+    _, proposal = tilt(TabularSimulator(mdp), learned(mdp, reward), reward, 400, generator, base=base, num_runs=20)
+    assert proposal.efficiency > 0.5 and proposal.standard_error < 1e-9
+
+
+def overlapping(seed: int, count: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    """Three unnormalised laws over ten outcomes, their log normalising constants, and samples of each."""
+    generator = torch.Generator().manual_seed(seed)
+    law = torch.randn(3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    index = torch.multinomial(law.exp(), count, replacement=True, generator=generator)
+    return law[:, index.flatten()], torch.arange(3).repeat_interleave(count), law.logsumexp(1)
+
+
+def test_constants_are_reconciled() -> None:
+    # The same law three times, with three estimates of its constant: agreed at the mean by precision, exactly.
+    density, origin, _ = overlapping(0)
+    off, errors = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.1, 0.2, 0.4]).double()
+    found = reconcile(density[:1] - off.unsqueeze(1), origin, errors)
+    after = off + found
+    expected = float((off / errors**2).sum() / (errors**-2).sum())
+    assert torch.allclose(after, torch.full_like(after, expected), atol=1e-6)
+    # Different laws: ratios of constants within their spread over replicates, far below the prior errors.
+    differences = []
+    for seed in range(40):
+        density, origin, log_z = overlapping(seed)
+        found = reconcile(density, origin, torch.full((3,), 10.0).double())
+        differences.append(found - found.mean() - (log_z - log_z.mean()))
+    difference = torch.stack(differences)
+    error = difference.std(0) / math.sqrt(len(difference))
+    assert bool((difference.mean(0).abs() < 4 * error + 1e-3).all()) and float(difference.std()) < 0.2
+    # What is known for certain stays; and so does one estimate alone.
+    assert not bool(reconcile(density, origin, torch.tensor([0.0, 0.0, 0.1]).double()).any())
+
+
+def test_constants_weigh_what_samples_and_estimates_know() -> None:
+    # Errors of estimates 0.05 beside samples that hardly overlap: the estimates win; and the other way around.
+    density, origin, log_z = overlapping(1)
+    noise = torch.tensor([0.04, -0.03, 0.02]).double()
+    normalised = density - (log_z + noise).unsqueeze(1)
+    sure = reconcile(normalised, origin, torch.full((3,), 1e-4).double())
+    unsure = reconcile(normalised, origin, torch.full((3,), 1.0).double())
+    assert float(sure.abs().max()) < 1e-4 and float(unsure.abs().max()) > 1e-2
+
+
+def test_a_pool_of_particles_knows_log_z_of_other_rewards() -> None:
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    learner = SoftQLearner(simulator, reading="trajectory", explore=0.5)
+    generator = torch.Generator().manual_seed(3)
+    pool = Pool.of(roll_out(simulator, base, 2000, generator), base, base)
+    for scale in (0.8, 1.0, 1.2):
+        policy = learner.update(scale * reward, 500, generator)
+        pool = pool.add(*tilt(simulator, policy, scale * reward, 2000, generator, base=base))
+    for scale in (0.7, 0.9, 1.1):
+        law = pirl.SampledMaxEntTrajectory(pool, scale * reward)
+        found, exact = law.estimate(), float(pirl.log_partition(mdp, scale * reward))
+        # The constants' own errors add to that of the weights.
+        constant = max(p.standard_error for p in pool.policies if isinstance(p, TiltedProposal))
+        assert abs(float(found.log_partition) - exact) < 4 * math.hypot(float(found.standard_error), constant)
+        assert float(found.ess) > 2000 and pool.efficiency < 1
+    assert float(pool.constants[0]) == 0 and bool((pool.constants[1:] != 0).all())
+
+
+def test_vectors() -> None:
+    system = LinearGaussian(
+        torch.eye(1).double(), torch.eye(1).double(), 0.2 * torch.eye(1).double(), torch.zeros(1).double(),
+        torch.eye(1).double(), torch.eye(1).double(), horizon=4,
+    )  # fmt: skip
+    reward = system.quadratic(torch.eye(1).double(), 0.5 * torch.eye(1).double())
+    law, base = system.solve(reward), system.base_policy
+
+    class Exact:
+        def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+            return law.policy.sample(states, step, generator)
+
+        def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
+            return law.policy.log_prob(states, actions, step)
+
+        def value(self, states: Tensor, step: int) -> Tensor:
+            return law.values.at(step)(states)
+
+    class Base(Exact):
+        def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+            return base.sample(states, 0, generator)
+
+        def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
+            return base.log_prob(states, actions, 0)
+
+    generator = torch.Generator().manual_seed(4)
+    drawn, proposal = tilt(system, Exact(), reward, 4000, generator, base=Base())
+    assert abs(proposal.log_partition - float(law.log_partition)) < 4 * proposal.standard_error
+    states, actions = system.sample(reward, 20_000, generator)
+    for found, exact in ((drawn.states[:, -1], states[:, -1]), (drawn.actions[:, 0], actions[:, 0])):
+        error = float(exact.std()) * math.sqrt(1 / (4000 * proposal.efficiency) + 1 / 20_000)
+        assert abs(float(found.mean() - exact.mean())) < 4 * error
+        assert abs(float(found.std() / exact.std()) - 1) < 4 * error / float(exact.std())
+
+
+def test_bad_input_is_named() -> None:
+    mdp, reward = world()
+    policy, base = learned(mdp, reward, 10), base_policy(mdp)
+    with pytest.raises(OptionError, match="at least 2 runs"):
+        tilt(TabularSimulator(mdp), policy, reward, 10, base=base)
+
+    class Whole:
+        horizon = 3
+
+        def roll_out(self, policy: TabularPolicy, num: int, generator: object = None) -> Rollouts:
+            raise NotImplementedError
+
+    with pytest.raises(SimulatorError, match="reset and step"):
+        tilt(Whole(), policy, reward, 100, base=base)
