@@ -18,6 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pirl.errors import InvalidRewardError
+from pirl.message_passing import is_checked
 from pirl.partition import PartitionEstimate, log_mean_exp
 from pirl.pool import Features, Pool
 from pirl.transitions import is_transformed
@@ -88,7 +89,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
     ) -> None:
         self.pool, self.reward, self.lengths = pool, reward, lengths
         self.returns: Tensor = self._returns(None, None)  # [*batch, J]
-        if not is_transformed(self.returns) and bool((self.returns.isnan() | (self.returns == torch.inf)).any()):
+        if is_checked(self.returns) and bool((self.returns.isnan() | (self.returns == torch.inf)).any()):
             wrong = self.returns.isnan() | (self.returns == torch.inf)
             sample = int(wrong.nonzero()[0, -1])
             raise InvalidRewardError(

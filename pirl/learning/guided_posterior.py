@@ -7,19 +7,24 @@ posterior is inferred again, until log Z is known well enough over its draws (:f
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyro
 import torch
-from torch import Tensor
+from pyro.poutine.messenger import Messenger
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError
 from pirl.fit import fit
+from pirl.gaussian_integrals import GaussianKernel
+from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
 from pirl.posterior import sampled_rewards
+from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import Generator, Policy, Simulator, TabularPolicy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
     import xarray
 
 _MARGIN = 1.5
+_LEAST_SHARE = 0.05
+"""Of the pool's samples that should count for a reward before more are drawn."""
 
 PolicyStep = Callable[[Any, Generator], Policy]
 """(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
@@ -71,7 +78,8 @@ def bayesian_guided_cost(
         simulator: of the world; see :mod:`pirl.simulators`.
         args: further arguments of the model.
         base: the base measure over actions, which also plays the first roll-outs; of a finite simulator its own.
-        policy_step: trains a policy; by default soft Q-learning, in a finite space.
+        policy_step: trains a policy; by default soft Q-learning in a finite space, and fitted linear-Gaussian control
+            (:mod:`pirl.local_control`) where the base policy is linear-Gaussian.
         engine: of the final posterior.
         guide: of the rounds, "laplace" or "svi".
         num_rounds: at most.
@@ -103,17 +111,16 @@ def bayesian_guided_cost(
             raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
         base = TabularPolicy(torch.log_softmax(simulator.log_prior, -1))
     if policy_step is None:
-        if not finite:
-            raise OptionError("a simulator without a finite space needs policy_step=, which trains a policy")
-        policy_step = _soft_q_step(simulator, num_rollouts)
+        policy_step = _policy_step(simulator, base, num_rollouts)
     pool = Pool.of(roll_out(simulator, base, num_policies * num_rollouts, generator), base, base)
     pool.check_support(demos.states, demos.actions, demos.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
+    near = _near_samples(model)
     for number in range(num_rounds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-            posterior = fit(model, demos, pool, *args, engine=guide, seed=seed + number, progress=False, **quick)
+            posterior = fit(near, demos, pool, *args, engine=guide, seed=seed + number, progress=False, **quick)
         if "partition_trusted" not in posterior.attrs:
             raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
         trusted = posterior.attrs["partition_trusted"] == "True"
@@ -144,10 +151,53 @@ def bayesian_guided_cost(
     return GuidedPosterior(posterior, pool, history)
 
 
-def _soft_q_step(simulator: FiniteSimulator, num_rollouts: int) -> PolicyStep:
-    learner = SoftQLearner(simulator, reading="trajectory" if simulator.discount == 1 else "causal")
+def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, less likely where few samples of the pool count.
 
-    def step(reward: Tensor, generator: Generator) -> Policy:
+    There log Z-hat is too low, and the likelihood without bounds in directions that no sample shows. The rounds go
+    step by step instead; the last posterior, of a good pool, is of the model itself.
+    """
+
+    def bounded(demos: Any, pool: Pool, *args: Any) -> None:
+        with _Laws() as laws:
+            model(demos, pool, *args)
+        for name, law in laws.found.items():
+            ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
+            lacking = (math.log(_LEAST_SHARE * len(pool)) - ess).clamp_min(0.0)
+            pyro.factor(f"{name}_near_samples", -len(demos) * lacking.square().sum())
+
+    return bounded
+
+
+class _Laws(Messenger):
+    """Keeps the laws whose log Z is sampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = dict[str, SampledMaxEntTrajectory]()
+
+    def _postprocess_message(self, message: Any) -> None:
+        law = message.get("fn")
+        while not isinstance(law, SampledMaxEntTrajectory) and hasattr(law, "base_dist"):
+            law = law.base_dist
+        if message["type"] == "sample" and isinstance(law, SampledMaxEntTrajectory):
+            self.found[message["name"]] = law
+
+
+def _policy_step(simulator: Any, base: Policy, num_rollouts: int) -> PolicyStep:
+    if isinstance(simulator, FiniteSimulator):
+        return _updates(SoftQLearner(simulator, reading="trajectory" if simulator.discount == 1 else "causal"),
+                        num_rollouts)  # fmt: skip
+    if isinstance(base, GaussianKernel):
+        return _updates(LocalLearner(simulator, base), num_rollouts)
+    raise OptionError(
+        "a simulator without a finite space needs policy_step=, which trains a policy, or a linear-Gaussian base "
+        "policy (pirl.local_control.gaussian_base)"
+    )
+
+
+def _updates(learner: SoftQLearner | LocalLearner, num_rollouts: int) -> PolicyStep:
+    def step(reward: Any, generator: Generator) -> Policy:
         return learner.update(reward, num_rollouts, generator)
 
     return step

@@ -98,7 +98,7 @@ def posteriors(slip: float, seed: int) -> None:
                "num_posterior_predictive": 0, "log_likelihood": False}  # fmt: skip
     began = time.perf_counter()
     simulator = TabularSimulator(mdp)
-    found = bayesian_guided_cost(sampled_model, demos, simulator, features, num_rollouts=1000, **options)
+    found = bayesian_guided_cost(sampled_model, demos, simulator, features, num_rollouts=4000, **options)
     seconds = time.perf_counter() - began
     exact = pirl.fit(exact_model, demos, mdp, features, **options)
     a, b = (x.posterior["weights"].values.reshape(-1, FEATURES) for x in (found.posterior, exact))
