@@ -225,7 +225,7 @@ def _partition_quality(
         "partition_samples": estimate.num_samples,
         "partition_demonstrations": count,
         "partition_ess": float(estimate.ess.quantile(0.05)),
-        "partition_pareto_k": float(estimate.pareto_k.max()),
+        "partition_pareto_k": float(estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0).quantile(0.95)),
         "partition_standard_error": float(estimate.standard_error.quantile(0.95)),
         "partition_trusted": str(reason is None),
     }

@@ -129,16 +129,18 @@ def reconcile(
     weight = (torch.ones_like(errors) if worth is None else worth)[origin[kept]]
     counts = (label * weight).sum(1)
     ones = torch.ones_like(label[:, :1]) @ label.new_ones(1, len(free)) / len(free)  # fixes the sum, which is free
+    # Proposals without samples in common have no curvature; their agreement is worth nothing below.
+    floor = counts.sum() * ones + 1e-9 * torch.diag(counts)
     agreed = torch.zeros_like(counts)
     for _ in range(100):
         share = (counts.log() - agreed).unsqueeze(1).add(density).softmax(0)
         curvature = torch.diag((share * weight).sum(1)) - (share * weight) @ share.mT
-        step = torch.linalg.solve(curvature + counts.sum() * ones, ((share - label) * weight).sum(1))
+        step = torch.linalg.solve(curvature + floor, ((share - label) * weight).sum(1))
         agreed = agreed + step.clamp(-1, 1)  # a longer one is a sign of samples that do not overlap
         if float(step.abs().max()) < 1e-10:
             break
     centre = torch.eye(len(free)).to(ones) - ones
-    variance = torch.linalg.inv(curvature + counts.sum() * ones) - torch.diag(1 / counts)
+    variance = torch.linalg.inv(curvature + floor) - torch.diag(1 / counts)
     size, axes = torch.linalg.eigh(centre @ variance @ centre)
     precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
     before = torch.diag(errors[free] ** -2)

@@ -168,10 +168,33 @@ def sampled_rewards(
     return found
 
 
+def prior_rewards(
+    model: Callable[..., Any], *args: Any, num_draws: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Any]:
+    """Rewards of some draws of the prior, as :func:`sampled_rewards` gives them of the posterior.
+
+    Raises:
+        ModelError: the model observes no :class:`pirl.SampledMaxEntTrajectory`.
+    """
+    found = []
+    with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+        torch.manual_seed(seed)
+        for _ in range(num_draws):
+            trace = pyro.poutine.trace(model).get_trace(*args)
+            latent = {name: site["value"] for name, site in trace.nodes.items()
+                      if site["type"] == "sample" and not site["is_observed"]}  # fmt: skip
+            with _Given(latent) as given:
+                model(*args)
+            if not given.sampled:
+                raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
+            found.append(next(iter(given.sampled.values())).reward)
+    return found
+
+
 def partition_quality(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
 ) -> tuple[PartitionEstimate, int] | None:
-    """The estimate of log Z at posterior draws, and the number of demonstrations; None for exact models.
+    """The estimate of log Z at posterior draws, and how many demonstrations one pool explains; None for exact models.
 
     A model that observes several sampled sites is judged by each of them: their estimates follow each other.
 
@@ -196,7 +219,12 @@ def partition_quality(
     found = [first[name].pool.judge(torch.cat(rows)) for name, rows in weights.items()]
     value, error, ess, khat = (torch.cat([torch.as_tensor(estimate[part]) for estimate in found]) for part in range(4))
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in found))
-    return whole, sum(max(law.batch_shape.numel(), 1) for law in first.values())
+    # Errors of one pool move all that it explains together; those of several pools average out.
+    explained: dict[int, int] = {}
+    for law in first.values():
+        explained[id(law.pool)] = explained.get(id(law.pool), 0) + max(law.batch_shape.numel(), 1)
+    counts = list(explained.values())
+    return whole, math.ceil(sum(n * n for n in counts) / sum(counts))
 
 
 # ------------------------------------------------------------------------------------------------ what is identified

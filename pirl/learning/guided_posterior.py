@@ -23,7 +23,7 @@ from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
-from pirl.posterior import sampled_rewards
+from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import Generator, Policy, Simulator, TabularPolicy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
@@ -44,10 +44,17 @@ class GuidedPosterior(NamedTuple):
 
     posterior: xarray.DataTree
     """Labelled with how well log Z is known (attrs "partition_...")."""
-    pool: Pool
-    """All roll-outs; other models of the same demonstrations may use it."""
+    pool: Any
+    """All roll-outs, a :class:`pirl.Pool` (or a list of them): other models of the same demonstrations may use it."""
     history: list[dict[str, float]]
     """By round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted"."""
+
+
+class GuidedPool(NamedTuple):
+    """What :func:`guided_pool` found; see :class:`GuidedPosterior`."""
+
+    pool: Any
+    history: list[dict[str, float]]
 
 
 def bayesian_guided_cost(
@@ -72,6 +79,9 @@ def bayesian_guided_cost(
 
     Each round fits the model with a fast approximation, trains policies for some of its draws, and adds their
     roll-outs. When the gates hold over the posterior's draws, ``engine`` samples it with the pool as it is.
+
+    Demonstrations that start in different given states have a log Z each: give lists of demonstrations and of
+    simulators, one for each start. The model then gets lists of demonstrations and of pools.
 
     Args:
         model: observes the demonstrations by :class:`pirl.SampledMaxEntTrajectory`, whose pool is its second argument.
@@ -100,27 +110,67 @@ def bayesian_guided_cost(
         >>> found = bayesian_guided_cost(model, demos, pirl.simulators.TabularSimulator(mdp), features)
         >>> found.posterior.attrs["partition_trusted"]
     """
+    pool, history = guided_pool(
+        model, demos, simulator, *args, base=base, policy_step=policy_step, guide=guide, num_rounds=num_rounds,
+        num_policies=num_policies, num_rollouts=num_rollouts, seed=seed, particles=particles,
+        guide_options=guide_options,
+    )  # fmt: skip
+    posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
+    return GuidedPosterior(posterior, pool, history)
+
+
+def guided_pool(
+    model: Callable[..., Any],
+    demos: Any,
+    simulator: Any,
+    *args: Any,
+    base: Policy | None = None,
+    policy_step: PolicyStep | None = None,
+    guide: str = "laplace",
+    num_rounds: int = 20,
+    num_policies: int = 4,
+    num_rollouts: int = 500,
+    seed: int = 0,
+    particles: bool | None = None,
+    guide_options: Mapping[str, Any] | None = None,
+) -> GuidedPool:
+    """The pool of :func:`bayesian_guided_cost` alone, for ``pirl.fit(model, demos, pool, ...)`` with any engine.
+
+    Arguments and errors are those of :func:`bayesian_guided_cost`.
+    """
     if num_rounds < 1 or num_policies < 1 or num_rollouts < 1:
         raise OptionError("num_rounds, num_policies and num_rollouts must be at least 1")
+    several = isinstance(simulator, (list, tuple))
+    simulators, watched = (simulator, demos) if several else ([simulator], [demos])
+    if len(simulators) != len(watched) or not len(simulators):
+        raise OptionError(f"{len(simulators)} simulators do not fit {len(watched)} groups of demonstrations")
     generator = torch.Generator().manual_seed(seed)
-    finite = isinstance(simulator, FiniteSimulator)
-    if particles and not isinstance(simulator, Simulator):
+    if particles and not all(isinstance(each, Simulator) for each in simulators):
         raise OptionError("particles=True needs a simulator with reset and step: this one plays whole episodes")
     if base is None:
-        if not finite:
+        if not isinstance(simulators[0], FiniteSimulator):
             raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
-        base = TabularPolicy(torch.log_softmax(simulator.log_prior, -1))
+        base = TabularPolicy(torch.log_softmax(simulators[0].log_prior, -1))
     if policy_step is None:
-        policy_step = _policy_step(simulator, base, num_rollouts)
-    pool = Pool.of(roll_out(simulator, base, num_policies * num_rollouts, generator), base, base)
-    pool.check_support(demos.states, demos.actions, demos.lengths)
+        policy_step = _policy_step(simulators[0], base, num_rollouts)
+    pools = [Pool.of(roll_out(each, base, num_policies * num_rollouts, generator), base, base) for each in simulators]
+    for pool, group in zip(pools, watched, strict=True):
+        pool.check_support(group.states, group.actions, group.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
     near = _near_samples(model)
+    given = (demos, pools if several else pools[0], *args)
+    for reward in prior_rewards(model, *given, num_draws=num_policies, seed=seed, dtype=pools[0].dtype):
+        policy = policy_step(reward, generator)
+        pools = [
+            _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
+            for pool, each in zip(pools, simulators, strict=True)
+        ]
     for number in range(num_rounds):
+        given = (demos, pools if several else pools[0], *args)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-            posterior = fit(near, demos, pool, *args, engine=guide, seed=seed + number, progress=False, **quick)
+            posterior = _guide(near, given, guide, seed + number, quick)
         if "partition_trusted" not in posterior.attrs:
             raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
         trusted = posterior.attrs["partition_trusted"] == "True"
@@ -128,7 +178,7 @@ def bayesian_guided_cost(
             {
                 "ess": posterior.attrs["partition_ess"],
                 "pareto_k": posterior.attrs["partition_pareto_k"],
-                "samples": float(len(pool)),
+                "samples": float(sum(len(pool) for pool in pools)),
                 "trusted": float(trusted),
             }
         )
@@ -137,18 +187,44 @@ def bayesian_guided_cost(
         need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
         if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
             break
-        rewards = sampled_rewards(posterior, model, demos, pool, *args, num_draws=num_policies, seed=seed + number)
-        for reward in rewards:
+        for reward in sampled_rewards(posterior, model, *given, num_draws=num_policies, seed=seed + number):
             policy = policy_step(reward, generator)
-            valued = isinstance(policy, ValuedPolicy) and isinstance(simulator, Simulator)
-            if particles and not valued:
-                raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
-            if isinstance(policy, ValuedPolicy) and valued and particles is not False:
-                pool = pool.add(*tilt(simulator, policy, reward, num_rollouts, generator, base=base))
-            else:
-                pool = pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
-    posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
-    return GuidedPosterior(posterior, pool, history)
+            pools = [
+                _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
+                for pool, each in zip(pools, simulators, strict=True)
+            ]
+    return GuidedPool(pools if several else pools[0], history)
+
+
+def _guide(
+    model: Callable[..., Any], given: tuple[Any, ...], engine: str, seed: int, options: Mapping[str, Any]
+) -> xarray.DataTree:
+    """A fast posterior; a few short chains where the mode has no Gaussian shape, as with a pool on its way."""
+    try:
+        return fit(model, *given, engine=engine, seed=seed, progress=False, **options)
+    except ModelError:
+        if engine != "laplace" or options.keys() - {"num_prior", "num_posterior_predictive", "log_likelihood"}:
+            raise
+        return fit(model, *given, num_chains=16, num_warmup=60, num_samples=20, seed=seed, progress=False, **options)
+
+
+def _add(
+    pool: Pool,
+    simulator: Any,
+    policy: Policy,
+    reward: Any,
+    num_rollouts: int,
+    generator: Generator,
+    base: Policy,
+    particles: bool | None,
+) -> Pool:
+    """A pool with roll-outs of a policy, or with particles that it guides."""
+    valued = isinstance(policy, ValuedPolicy) and isinstance(simulator, Simulator)
+    if particles and not valued:
+        raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
+    if isinstance(policy, ValuedPolicy) and valued and particles is not False:
+        return pool.add(*tilt(simulator, policy, reward, num_rollouts, generator, base=base))
+    return pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
 
 
 def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,13 +234,14 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
     step by step instead; the last posterior, of a good pool, is of the model itself.
     """
 
-    def bounded(demos: Any, pool: Pool, *args: Any) -> None:
+    def bounded(*args: Any) -> None:
         with _Laws() as laws:
-            model(demos, pool, *args)
+            model(*args)
         for name, law in laws.found.items():
             ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
-            lacking = (math.log(_LEAST_SHARE * len(pool)) - ess).clamp_min(0.0)
-            pyro.factor(f"{name}_near_samples", -len(demos) * lacking.square().sum())
+            lacking = (math.log(_LEAST_SHARE * len(law.pool)) - ess).clamp_min(0.0)
+            count = max(law.batch_shape.numel(), 1)
+            pyro.factor(f"{name}_near_samples", -count * lacking.square().sum())
 
     return bounded
 
