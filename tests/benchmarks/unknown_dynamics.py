@@ -94,11 +94,11 @@ def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor
 def posteriors(slip: float, seed: int) -> None:
     """Print how far Bayesian guided cost learning's posterior is from the exact one."""
     mdp, features, demos = problem(slip, 30, seed)
-    options = {"num_chains": 64, "num_warmup": 200, "num_samples": 100, "progress": False, "num_prior": 0,
+    options = {"num_chains": 32, "num_warmup": 150, "num_samples": 150, "progress": False, "num_prior": 0,
                "num_posterior_predictive": 0, "log_likelihood": False}  # fmt: skip
     began = time.perf_counter()
     simulator = TabularSimulator(mdp)
-    found = bayesian_guided_cost(sampled_model, demos, simulator, features, num_rollouts=4000, **options)
+    found = bayesian_guided_cost(sampled_model, demos, simulator, features, num_rollouts=3000, **options)
     seconds = time.perf_counter() - began
     exact = pirl.fit(exact_model, demos, mdp, features, **options)
     a, b = (x.posterior["weights"].values.reshape(-1, FEATURES) for x in (found.posterior, exact))
