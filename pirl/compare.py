@@ -132,6 +132,8 @@ def compare(
     rows: dict[str, _Row] = {}
     for name, entry in entries.items():
         if isinstance(entry, PointEstimate):
+            if entry.log_policy is None:
+                raise OptionError(f"{name!r} is of states that are vectors, and compare takes tables of a TabularMDP")
             if mdp.horizon is None and entry.log_policy.dim() == 3:
                 raise OptionError(f"the policy of {name!r} depends on time, but the problem has no horizon")
             failed = entry.attrs.get("converged") is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyro
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 import pirl
+from models import linear_gaussian as puck
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
-from pirl.baselines.guided_cost import Sums, _climb, _likelihood
+from pirl.baselines.guided_cost import _climb, _likelihood
+from pirl.baselines.worlds import Sums
 from pirl.convergence import ess_bulk
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
@@ -249,3 +252,50 @@ def test_a_model_with_exact_dynamics_needs_no_pool() -> None:
 
     with pytest.raises(ModelError, match="no SampledMaxEntTrajectory"):
         bayesian_guided_cost(other, demos, TabularSimulator(mdp), features, num_rollouts=10, progress=False)
+
+
+def test_vectors_reach_maximum_likelihood_too() -> None:
+    given = puck.load(num_demos=100, horizon=5)
+    system, table = given["system"], given["demos"]
+    demos = pirl.ContinuousTrajectories(table[..., :2], table[:, :-1, 2:])
+
+    def squares(states: Tensor, actions: Tensor) -> Tensor:
+        away = (states.square() * torch.tensor([1.0, 0.1], dtype=states.dtype)).sum(-1, keepdim=True)
+        return -0.5 * torch.cat([away, actions.square()], -1)
+
+    # The exact maximum, by the Riccati recursion: gradient ascent is Newton's, as there are two costs.
+    costs = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    law = lambda x: puck.costs(system, x[0], x[1])  # noqa: E731
+
+    def value(x: Tensor) -> Tensor:
+        return system.relative_log_prob(law(x), demos.states, demos.actions).sum()
+
+    for _ in range(20):
+        (slope,) = torch.autograd.grad(value(costs), costs)
+        bend = torch.func.jacrev(torch.func.jacrev(value))(costs.detach())
+        costs = (costs - torch.linalg.solve(bend, slope)).detach().requires_grad_()
+    exact = costs.detach().exp()
+    log_z = float(system.log_partition(law(costs.detach())))
+    for method in (guided_cost, adversarial):
+        options: dict[str, Any] = {"base": system.base_policy, "num_rounds": 5, "num_rollouts": 4000, "tolerance": 0.0}
+        found = method(demos, system, squares, particles=True, **options)
+        weights = found.parameters["weights"]
+        assert float((weights - exact).norm() / exact.norm()) < 0.05
+        assert found.log_policy is None and found.policy is not None
+        states = torch.zeros(3, 2, dtype=torch.float64)
+        assert torch.equal(found.reward(states, states[:, :1]), squares(states, states[:, :1]) @ weights)
+        if method is adversarial:
+            assert abs(float(found.attrs["learned_log_partition"]) - log_z) < 0.1
+        # Policies' own roll-outs are weighed right as well; the noise leaves them fewer effective samples.
+        plain = method(demos, system, squares, **options)
+        assert float((plain.parameters["weights"] - exact).norm() / exact.norm()) < 0.1
+        assert plain.history["sd_log_weight"][-1] > 0.1 > found.history["sd_log_weight"][-1]
+    with pytest.raises(OptionError, match="base="):
+        guided_cost(demos, system, squares)
+    with pytest.raises(OptionError, match="finite simulator"):
+        guided_cost(demos, system, torch.zeros(3, 2).double())
+    mdp, features, tabular = problem(0.0, num=5)
+    with pytest.raises(OptionError, match="leave out"):
+        guided_cost(tabular, TabularSimulator(mdp), features, base=base_policy(mdp))
+    with pytest.raises(OptionError, match="vectors"):
+        pirl.compare({"puck": found}, tabular, mdp)

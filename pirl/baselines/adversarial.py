@@ -12,22 +12,24 @@ estimate and never a posterior.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pirl.baselines.estimate import PointEstimate
-from pirl.baselines.guided_cost import Step, Sums, _alternate
+from pirl.baselines.guided_cost import Demonstrations, Step, _alternate
+from pirl.baselines.worlds import Sums
 from pirl.errors import OptionError
-from pirl.soft_q_learning import FiniteSimulator
-from pirl.trajectories import Trajectories
+from pirl.pool import Features
+from pirl.simulators import Policy
 
 
 def adversarial(
-    demos: Trajectories,
-    simulator: FiniteSimulator,
-    features: Tensor,
+    demos: Demonstrations,
+    simulator: Any,
+    features: Tensor | Features,
     *,
     odds: str = "counts",
     num_rounds: int = 20,
@@ -38,8 +40,10 @@ def adversarial(
     tolerance: float = 1e-3,
     seed: int = 0,
     particles: bool = False,
+    base: Policy | None = None,
+    learner: Any = None,
 ) -> PointEstimate:
-    """GAN-IRL with a linear reward in a finite space: weights and log Z from a discriminator.
+    """GAN-IRL with a reward linear in features: weights and log Z from a discriminator.
 
     With a linear reward the discriminator is a logistic regression with known offset log q, concave in (weights,
     log Z), and is trained to its optimum each round; q is the mixture of all policies so far. This is noise-contrastive
@@ -65,8 +69,9 @@ def adversarial(
     def discriminator(sums: Sums, parameters: Tensor) -> Step:
         return _discriminator(sums, parameters, odds, l2)
 
+    attrs = {"l2": l2, "odds": odds}
     return _alternate("GAN-IRL", discriminator, demos, simulator, features, num_rounds, num_rollouts, least_ess,
-                      explore, tolerance, seed, particles, {"l2": l2, "odds": odds}, extra=1)  # fmt: skip
+                      explore, tolerance, seed, particles, base, learner, attrs, extra=1)  # fmt: skip
 
 
 def _discriminator(sums: Sums, parameters: Tensor, odds: str, l2: float) -> Step:

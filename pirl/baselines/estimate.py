@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -23,24 +23,28 @@ class PointEstimate:
     Attributes:
         name: of the method.
         parameters: by name, in the order of ``covariance``; empty where nothing is estimated but a policy.
-        reward: ``[S, 1]`` or ``[S, A]``; None for methods that only imitate.
-        log_policy: log pi(a|s) ``[S, A]``, or by time ``[T, S, A]``: what the demonstrator is predicted to do.
+        reward: ``[S, 1]`` or ``[S, A]``; a function of states and actions where these are vectors; None for methods
+            that only imitate.
+        log_policy: log pi(a|s) ``[S, A]``, or by time ``[T, S, A]``: what the demonstrator is predicted to do. None
+            where states are vectors: see ``policy``.
         history: numbers by iteration, such as "objective" and "residual".
         attrs: how it was found: options, convergence, seconds, goodness of fit.
         covariance: of the parameters, flattened ``[P, P]``, by kind of standard error; infinite where the
             demonstrations say nothing.
         mixture: (shares ``[M]``, policies ``[M, S, A]`` or ``[M, T, S, A]``) where the method answers with a mixture,
             one policy drawn for a whole episode.
+        policy: a :class:`pirl.simulators.Policy` for the reward, where states are vectors.
     """
 
     name: str
     parameters: Mapping[str, Tensor]
-    reward: Float[Tensor, "S A"] | None
-    log_policy: Tensor
+    reward: Any
+    log_policy: Any
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
     attrs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     covariance: Mapping[str, Float[Tensor, "P P"]] = field(default_factory=dict)
     mixture: tuple[Tensor, Tensor] | None = None
+    policy: Any = None
 
     def standard_errors(self, kind: str | None = None) -> dict[str, Tensor]:
         """Standard errors of the parameters, by name; of the first kind unless told.

@@ -18,32 +18,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from pirl.baselines.estimate import PointEstimate
-from pirl.errors import InvalidRewardError, OptionError, PartitionError
-from pirl.particles import tilt
-from pirl.pool import Pool
-from pirl.rewards import linear_reward
-from pirl.simulators import TabularPolicy, roll_out
-from pirl.soft_q_learning import FiniteSimulator, SoftPolicy, SoftQLearner
+from pirl.baselines.worlds import HISTORY, Sums, make_world
+from pirl.continuous import ContinuousTrajectories
+from pirl.errors import OptionError, PartitionError
+from pirl.pool import Features
+from pirl.simulators import Policy
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
 
+Demonstrations = Trajectories | ContinuousTrajectories
+
 _MOST_STEPS = 100
 _ARMIJO = 1e-4
-
-
-class Sums(NamedTuple):
-    """What a reward step sees: features summed over trajectories, and the offsets of log weights."""
-
-    demos: Float[Tensor, "N K"]
-    pool: Float[Tensor, "J K"]
-    log_ratio: Float[Tensor, " J"]
-    """log p - log q of the pool's samples."""
-    demos_log_ratio: Float[Tensor, " N"]
-    """The same of the demonstrations, whose actions the policies of the pool might have taken."""
 
 
 class Step(NamedTuple):
@@ -56,9 +45,9 @@ class Step(NamedTuple):
 
 
 def guided_cost(
-    demos: Trajectories,
-    simulator: FiniteSimulator,
-    features: Tensor,
+    demos: Demonstrations,
+    simulator: Any,
+    features: Tensor | Features,
     *,
     num_rounds: int = 20,
     num_rollouts: int = 1000,
@@ -68,8 +57,10 @@ def guided_cost(
     tolerance: float = 1e-3,
     seed: int = 0,
     particles: bool = False,
+    base: Policy | None = None,
+    learner: Any = None,
 ) -> PointEstimate:
-    """Guided cost learning with a linear reward in a finite space: maximum likelihood of the trajectory reading.
+    """Guided cost learning with a reward linear in features: maximum likelihood of the trajectory reading.
 
     Each round fits the weights to the demonstrations with log Z-hat from all samples so far (balance heuristic), trains
     the policy for the reward found, by soft Q-learning from transitions, and adds its roll-outs. A reward step stops
@@ -78,8 +69,8 @@ def guided_cost(
 
     Args:
         demos: of the simulator's horizon.
-        simulator: :class:`pirl.simulators.TabularSimulator`, or another finite one.
-        features: ``[S, K]`` or ``[S, A, K]``.
+        simulator: :class:`pirl.simulators.TabularSimulator`, another finite one, or one of vectors.
+        features: ``[S, K]`` or ``[S, A, K]``; of vectors a function (:class:`pirl.FeatureReward`).
         num_rounds: at most; ends before when weights move by less than ``tolerance`` and the pool is good enough.
         num_rollouts: that each round adds to the pool; as many teach the policy.
         least_ess: share of the pool.
@@ -88,6 +79,9 @@ def guided_cost(
         seed: of all that is random.
         particles: add draws of p(tau | O) by particles that the policy guides (:func:`pirl.particles.tilt`) instead of
             the policy's own roll-outs: many times as many effective samples where chance plays a part.
+        base: the base policy of a simulator of vectors.
+        learner: of its policies, with ``update(reward, generator)``, such as :class:`pirl.grid_control.GridLearner`; by
+            default :class:`pirl.local_control.LocalLearner`, where the base policy is linear-Gaussian.
 
     Returns:
         A :class:`PointEstimate` with "weights", and attrs "log_partition", "standard_error" and "ess" (of log Z),
@@ -107,13 +101,13 @@ def guided_cost(
         return _likelihood(sums, weights, l2)
 
     return _alternate("guided cost", likelihood, demos, simulator, features, num_rounds, num_rollouts, least_ess,
-                      explore, tolerance, seed, particles, {"l2": l2})  # fmt: skip
+                      explore, tolerance, seed, particles, base, learner, {"l2": l2})  # fmt: skip
 
 
 def sample_gradient(
-    demos: Trajectories,
-    simulator: FiniteSimulator,
-    features: Tensor,
+    demos: Demonstrations,
+    simulator: Any,
+    features: Tensor | Features,
     *,
     reuse: bool = False,
     num_rounds: int = 100,
@@ -121,6 +115,8 @@ def sample_gradient(
     rate: float = 0.5,
     explore: float = 0.1,
     seed: int = 0,
+    base: Policy | None = None,
+    learner: Any = None,
 ) -> PointEstimate:
     """The lower rungs: gradient ascent with a newly trained policy's samples, or with importance weights on all.
 
@@ -137,12 +133,12 @@ def sample_gradient(
     began = time.perf_counter()
     if rate <= 0:
         raise OptionError(f"rate is {rate}, but must be positive")
-    world = _World(demos, simulator, features, SoftQLearner(simulator, explore=explore), seed)
-    world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
+    world = make_world(demos, simulator, features, seed, explore, "causal", base, learner)
+    world.begin(num_rollouts)
     sums = world.sums()
     scale = sums.pool.std(0).clamp_min(1e-12)
     weights = torch.zeros_like(scale)
-    history: dict[str, list[float]] = {name: [] for name in _HISTORY}
+    history: dict[str, list[float]] = {name: [] for name in HISTORY}
     for number in range(1, num_rounds + 1):
         policy = world.learn(weights, num_rollouts)
         newest = world.extend(policy, num_rollouts)
@@ -155,18 +151,15 @@ def sample_gradient(
         before, weights = weights, weights + rate / math.sqrt(number) * gradient / scale.square()
         world.record(history, before, newest, value, float((weights - before).norm() / weights.norm()))
     name = "importance-weighted gradient" if reuse else "sample gradient"
-    return world.estimate(name, weights, history, began, None, {"rate": rate})
-
-
-_HISTORY = ("objective", "ess", "sd_log_weight", "change", "environment_steps")
+    return world.estimate(name, weights, history, began, {"rate": rate})
 
 
 def _alternate(
     name: str,
     objective: Callable[[Sums, Tensor], Step],
-    demos: Trajectories,
-    simulator: FiniteSimulator,
-    features: Tensor,
+    demos: Demonstrations,
+    simulator: Any,
+    features: Tensor | Features,
     num_rounds: int,
     num_rollouts: int,
     least_ess: float,
@@ -174,6 +167,8 @@ def _alternate(
     tolerance: float,
     seed: int,
     particles: bool,
+    base: Policy | None,
+    learner: Any,
     attrs: dict[str, Any],
     extra: int = 0,
 ) -> PointEstimate:
@@ -185,13 +180,13 @@ def _alternate(
             "at least 2, and a share between 0 and 1"
         )
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
-    reading: Reading = "trajectory" if simulator.discount == 1 else "causal"
-    world = _World(demos, simulator, features, SoftQLearner(simulator, explore=explore, reading=reading), seed)
-    newest = world.extend(TabularPolicy(_log_base(simulator)), num_rollouts)
+    reading: Reading = "trajectory" if getattr(simulator, "discount", 1) == 1 else "causal"
+    world = make_world(demos, simulator, features, seed, explore, reading, base, learner)
+    newest = world.begin(num_rollouts)
     world.pool.check_support(demos.states, demos.actions, demos.lengths)
-    num_features = features.shape[-1]
+    num_features = world.sums().pool.shape[-1]
     parameters = world.sums().pool.new_zeros(num_features + extra)
-    history: dict[str, list[float]] = {key: [] for key in _HISTORY}
+    history: dict[str, list[float]] = {key: [] for key in HISTORY}
     converged = False
     for number in range(num_rounds):
         sums = world.sums()
@@ -209,109 +204,7 @@ def _alternate(
     attrs = {**attrs, "converged": converged}
     if extra:
         attrs["learned_log_partition"] = float(parameters[-1])
-    return world.estimate(name, parameters[:num_features], history, began, converged, attrs)
-
-
-class _World:
-    """Demonstrations, a pool that grows, and a learner of policies."""
-
-    def __init__(
-        self, demos: Trajectories, simulator: FiniteSimulator, features: Tensor, learner: SoftQLearner, seed: int
-    ) -> None:
-        self.shape: tuple[int, int] = simulator.log_prior.shape  # type: ignore[assignment]
-        if features.dim() not in (2, 3) or features.shape[:-1] not in (self.shape[:1], self.shape):
-            raise InvalidRewardError(
-                f"features have shape {tuple(features.shape)}; expected [{self.shape[0]}, K] or "
-                f"[{self.shape[0]}, {self.shape[1]}, K]"
-            )
-        self.demos, self.simulator, self.features = demos, simulator, features.to(simulator.log_prior)
-        self.generator = torch.Generator(device=simulator.log_prior.device).manual_seed(seed)
-        self.learner = learner
-        self.base = TabularPolicy(_log_base(simulator))
-        self.pool: Pool = None  # type: ignore[assignment]
-        self.steps = 0
-
-    def reward(self, weights: Tensor) -> Tensor:
-        return linear_reward(self.features, weights)
-
-    def learn(self, weights: Tensor, num_rollouts: int) -> SoftPolicy:
-        """Two looks at the world: with the policy for this reward so far, and with the one that this taught."""
-        policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
-        self.steps += policy.history[-1].steps
-        return policy
-
-    def extend(self, policy: TabularPolicy, num_rollouts: int) -> slice:
-        """Add roll-outs of a policy to the pool; where they are."""
-        rollouts = roll_out(self.simulator, policy, num_rollouts, self.generator)
-        self.steps += int(rollouts.lengths.sum())
-        size = 0 if self.pool is None else len(self.pool)
-        if self.pool is None:
-            self.pool = Pool.of(rollouts, policy, self.base)
-            self.pool.check_lengths(self.demos.lengths)
-        else:
-            self.pool = self.pool.add(rollouts, policy)
-        return slice(size, size + num_rollouts)
-
-    def tilt(self, policy: SoftPolicy, weights: Tensor, num_rollouts: int) -> slice:
-        """Add particles that follow a reward; where they are."""
-        reward = self.reward(weights).expand(self.shape)
-        drawn = tilt(self.simulator, policy, reward, num_rollouts, self.generator, base=self.base)
-        self.steps += int(drawn[0].lengths.sum())
-        size = len(self.pool)
-        self.pool = self.pool.add(*drawn)
-        return slice(size, len(self.pool))
-
-    def sums(self) -> Sums:
-        flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)
-        flat = flat.reshape(self.shape[0] * self.shape[1], -1)
-
-        def of(table: Tensor | None) -> Tensor:
-            counts, used = self.pool.visits(table, self.shape)
-            return counts @ flat[used]
-
-        ratio = self.pool.ratio_of(self.demos.states, self.demos.actions, self.demos.lengths)
-        return Sums(of(self.demos.as_tensor()), of(None), self.pool.log_ratio, ratio)
-
-    def record(
-        self, history: dict[str, list[float]], weights: Tensor, newest: slice, value: float, change: float
-    ) -> None:
-        sums = self.sums()
-        origin = int(self.pool.origin[newest][0])
-        own = sums.pool[newest] @ weights + self.pool.log_base[newest] - self.pool.log_densities[origin, newest]
-        ess = float(self.pool.judge(sums.pool @ weights + sums.log_ratio).ess)
-        numbers = (value, ess, float(own.std()), change, float(self.steps))
-        for key, number in zip(_HISTORY, numbers, strict=True):
-            history[key].append(number)
-
-    def estimate(
-        self,
-        name: str,
-        weights: Tensor,
-        history: dict[str, list[float]],
-        began: float,
-        converged: bool | None,
-        attrs: dict[str, Any],
-    ) -> PointEstimate:
-        sums, reward = self.sums(), self.reward(weights)
-        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
-        log_policy = self.learner.solve(reward)
-        told = {
-            **attrs,
-            "reading": "trajectory",
-            "log_partition": float(found.log_partition),
-            "standard_error": float(found.standard_error),
-            "ess": float(found.ess),
-            "pareto_k": float(found.pareto_k),
-            "log_likelihood": float((sums.demos @ weights).sum() - len(self.demos) * found.log_partition),
-            "environment_steps": self.steps,
-            "num_rounds": len(history["ess"]),
-            "seconds": time.perf_counter() - began,
-        }
-        return PointEstimate(name, {"weights": weights}, reward, log_policy, history, told)
-
-
-def _log_base(simulator: FiniteSimulator) -> Tensor:
-    return torch.log_softmax(simulator.log_prior, -1)
+    return world.estimate(name, parameters[:num_features], history, began, attrs)
 
 
 def _likelihood(sums: Sums, weights: Tensor, l2: float) -> Step:

@@ -1,0 +1,231 @@
+"""Demonstrations, a simulator, and a pool that grows: what guided cost learning and IRL as a GAN work on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pirl.baselines.estimate import PointEstimate
+from pirl.continuous import ContinuousTrajectories
+from pirl.errors import InvalidRewardError, OptionError
+from pirl.gaussian_integrals import GaussianKernel
+from pirl.local_control import LocalLearner
+from pirl.particles import ValuedPolicy, tilt
+from pirl.pool import Features, Pool
+from pirl.rewards import linear_reward
+from pirl.sampled import FeatureReward
+from pirl.simulators import Policy, TabularPolicy, roll_out
+from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+from pirl.soft_values import Reading
+from pirl.trajectories import Trajectories
+
+HISTORY = ("objective", "ess", "sd_log_weight", "change", "environment_steps")
+
+
+class Sums(NamedTuple):
+    """What a reward step sees: features summed over trajectories, and the offsets of log weights."""
+
+    demos: Float[Tensor, "N K"]
+    pool: Float[Tensor, "J K"]
+    log_ratio: Float[Tensor, " J"]
+    """log p - log q of the pool's samples."""
+    demos_log_ratio: Float[Tensor, " N"]
+    """The same of the demonstrations, whose actions the policies of the pool might have taken."""
+
+
+class World:
+    """What is the same in finite spaces and in spaces of vectors."""
+
+    pool: Pool
+
+    def __init__(self, demos: Any, simulator: Any, base: Policy, generator: torch.Generator) -> None:
+        self.demos, self.simulator, self.base, self.generator = demos, simulator, base, generator
+        self.steps = 0
+
+    def reward(self, weights: Tensor) -> Any:
+        """The reward of some weights."""
+        raise NotImplementedError
+
+    def learn(self, weights: Tensor, num_rollouts: int) -> Any:
+        """A policy for the reward of some weights."""
+        raise NotImplementedError
+
+    def features_of(self, table: Tensor | None) -> Float[Tensor, "N K"]:
+        """Features summed over demonstrations, or over the pool's samples (None)."""
+        raise NotImplementedError
+
+    def begin(self, num_rollouts: int) -> slice:
+        """Fill the pool with roll-outs of the base policy."""
+        rollouts = roll_out(self.simulator, self.base, num_rollouts, self.generator)
+        self.steps += int(rollouts.lengths.sum())
+        self.pool = Pool.of(rollouts, self.base, self.base)
+        self.pool.check_lengths(self.demos.lengths)
+        return slice(0, num_rollouts)
+
+    def extend(self, policy: Policy, num_rollouts: int) -> slice:
+        """Add roll-outs of a policy to the pool; where they are."""
+        return self._add(roll_out(self.simulator, policy, num_rollouts, self.generator), policy)
+
+    def tilt(self, policy: ValuedPolicy, weights: Tensor, num_rollouts: int) -> slice:
+        """Add particles that follow a reward; where they are."""
+        reward = self.reward(weights)
+        return self._add(*tilt(self.simulator, policy, reward, num_rollouts, self.generator, base=self.base))
+
+    def _add(self, rollouts: Any, law: Any) -> slice:
+        self.steps += int(rollouts.lengths.sum())
+        size = len(self.pool)
+        self.pool = self.pool.add(rollouts, law)
+        return slice(size, len(self.pool))
+
+    def sums(self) -> Sums:
+        """For a reward step."""
+        ratio = self.pool.ratio_of(self.demos.states, self.demos.actions, self.demos.lengths)
+        return Sums(self.features_of(self.demos.as_tensor()), self.features_of(None), self.pool.log_ratio, ratio)
+
+    def record(
+        self, history: dict[str, list[float]], weights: Tensor, newest: slice, value: float, change: float
+    ) -> None:
+        """Note how a round went."""
+        sums = self.sums()
+        origin = int(self.pool.origin[newest][0])
+        own = sums.pool[newest] @ weights + self.pool.log_base[newest] - self.pool.log_densities[origin, newest]
+        ess = float(self.pool.judge(sums.pool @ weights + sums.log_ratio).ess)
+        numbers = (value, ess, float(own.std()), change, float(self.steps))
+        for key, number in zip(HISTORY, numbers, strict=True):
+            history[key].append(number)
+
+    def estimate(
+        self, name: str, weights: Tensor, history: dict[str, list[float]], began: float, attrs: dict[str, Any]
+    ) -> PointEstimate:
+        """What was found, with how well log Z is known there."""
+        sums = self.sums()
+        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
+        told = {
+            **attrs,
+            "reading": "trajectory",
+            "log_partition": float(found.log_partition),
+            "standard_error": float(found.standard_error),
+            "ess": float(found.ess),
+            "pareto_k": float(found.pareto_k),
+            "log_likelihood": float((sums.demos @ weights).sum() - len(self.demos) * found.log_partition),
+            "environment_steps": self.steps,
+            "num_rounds": len(history["ess"]),
+            "seconds": time.perf_counter() - began,
+        }
+        log_policy, policy = self.final(weights)
+        return PointEstimate(name, {"weights": weights}, self.reward(weights), log_policy, history, told, policy=policy)
+
+    def final(self, weights: Tensor) -> tuple[Tensor | None, Policy | None]:
+        """A table of the policy, or the policy, for the last reward."""
+        raise NotImplementedError
+
+
+class FiniteWorld(World):
+    """Numbered states and actions; policies by soft Q-learning."""
+
+    def __init__(
+        self,
+        demos: Trajectories,
+        simulator: FiniteSimulator,
+        features: Tensor,
+        seed: int,
+        explore: float,
+        reading: Reading,
+    ) -> None:
+        self.shape: tuple[int, int] = simulator.log_prior.shape  # type: ignore[assignment]
+        if features.dim() not in (2, 3) or features.shape[:-1] not in (self.shape[:1], self.shape):
+            raise InvalidRewardError(
+                f"features have shape {tuple(features.shape)}; expected [{self.shape[0]}, K] or "
+                f"[{self.shape[0]}, {self.shape[1]}, K]"
+            )
+        base = TabularPolicy(torch.log_softmax(simulator.log_prior, -1))
+        generator = torch.Generator(device=simulator.log_prior.device).manual_seed(seed)
+        super().__init__(demos, simulator, base, generator)
+        self.features = features.to(simulator.log_prior)
+        self.learner = SoftQLearner(simulator, explore=explore, reading=reading)
+
+    def reward(self, weights: Tensor) -> Tensor:
+        return linear_reward(self.features, weights)
+
+    def learn(self, weights: Tensor, num_rollouts: int) -> Any:
+        """Two looks at the world: with the policy for this reward so far, and with the one that this taught."""
+        policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
+        self.steps += policy.history[-1].steps
+        return policy
+
+    def features_of(self, table: Tensor | None) -> Tensor:
+        flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)
+        counts, used = self.pool.visits(table, self.shape)
+        return counts @ flat.reshape(self.shape[0] * self.shape[1], -1)[used]
+
+    def final(self, weights: Tensor) -> tuple[Tensor | None, Policy | None]:
+        return self.learner.solve(self.reward(weights)), None
+
+
+class VectorWorld(World):
+    """States and actions that are vectors; policies by a learner, or by fitted linear-Gaussian control."""
+
+    def __init__(
+        self,
+        demos: ContinuousTrajectories,
+        simulator: Any,
+        features: Features,
+        seed: int,
+        base: Policy | None,
+        learner: Any,
+    ) -> None:
+        if base is None:
+            raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
+        if learner is None:
+            if not isinstance(base, GaussianKernel):
+                raise OptionError(
+                    "a simulator without a finite space needs learner=, which trains policies, or a linear-Gaussian "
+                    "base policy (pirl.local_control.gaussian_base)"
+                )
+            learner = LocalLearner(simulator, base)
+        super().__init__(demos, simulator, base, torch.Generator(device=demos.device).manual_seed(seed))
+        self.features, self.learner = features, learner
+        self._policy: Policy | None = None
+
+    def reward(self, weights: Tensor) -> FeatureReward:
+        return FeatureReward(self.features, weights)
+
+    def learn(self, weights: Tensor, num_rollouts: int) -> Any:
+        if isinstance(self.learner, LocalLearner):
+            self.steps += num_rollouts * self.simulator.horizon
+            self._policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
+        else:
+            before = getattr(self.learner, "steps_taken", 0)
+            self._policy = self.learner.update(self.reward(weights), self.generator)
+            self.steps += getattr(self.learner, "steps_taken", 0) - before
+        return self._policy
+
+    def features_of(self, table: Tensor | None) -> Tensor:
+        return self.pool.feature_sums(self.features, table, None if table is None else self.demos.lengths)
+
+    def final(self, weights: Tensor) -> tuple[Tensor | None, Policy | None]:
+        return None, self._policy
+
+
+def make_world(
+    demos: Any,
+    simulator: Any,
+    features: Any,
+    seed: int,
+    explore: float,
+    reading: Reading,
+    base: Policy | None,
+    learner: Any,
+) -> World:
+    """A world of tables if features are one, else one of vectors."""
+    if not isinstance(features, Tensor):
+        return VectorWorld(demos, simulator, features, seed, base, learner)
+    if not isinstance(simulator, FiniteSimulator):
+        raise OptionError("features as a table need a finite simulator: give a function of states and actions")
+    if base is not None or learner is not None:
+        raise OptionError("a finite simulator has its own base policy and learner: leave out base= and learner=")
+    return FiniteWorld(demos, simulator, features, seed, explore, reading)
