@@ -404,16 +404,12 @@ def pareto_k(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
         if len(row) < _FEWEST_FOR_TAIL:
             found.append(math.nan)
             continue
-        # The largest weights, of which Pareto smoothing makes the tail; equal ones are no tail.
-        tail = row.topk(math.ceil(min(0.2 * len(row), 3 * math.sqrt(len(row))))).values
+        # The largest weights, of which Pareto smoothing makes the tail; equal ones are no tail, and are refused there.
+        size = 3 * math.sqrt(len(row)) if len(row) > 225 else len(row) / 5
+        tail = row.topk(math.floor(size)).values
         heavy = bool(tail[0] > tail[-1])
         with np.errstate(divide="ignore", invalid="ignore"):
-            try:
-                khat = float(array_stats.psislw(-row.numpy())[1]) if heavy else -math.inf  # it takes inverse weights
-            except ValueError as error:
-                if "same" not in str(error):
-                    raise
-                khat = -math.inf  # the tail is flat to the precision that ArviZ asks for
+            khat = float(array_stats.psislw(-row.numpy())[1]) if heavy else -math.inf  # it takes inverse weights
         found.append(-math.inf if math.isnan(khat) else khat)  # a tail of a few values, many times each
     return torch.tensor(found, dtype=log_weights.dtype, device=log_weights.device).reshape(log_weights.shape[:-1])
 

@@ -257,7 +257,7 @@ def test_bad_input_is_named(call: object, says: str) -> None:
 
 def test_a_flat_tail_is_no_heavy_tail() -> None:
     # Trajectories of a finite world often have equal weights; whatever part of the tail they fill.
-    for size in (30, 400):
+    for size in (33, 410):
         for top in range(1, 70):
             if top < size:
                 weights = torch.cat([torch.full((top,), 2.0), torch.linspace(-3.0, 0.0, size - top)]).double()
