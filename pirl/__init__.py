@@ -15,7 +15,7 @@ from pirl.message_passing import Messages, log_partition, messages, occupancy, s
 from pirl.planning import most_likely_trajectory, optimal_policy, policy_value, stationary_distribution
 from pirl.pool import Pool
 from pirl.posterior import reward_draws
-from pirl.rewards import expected_reward, lifted_reward, linear_reward, neural_reward, tabular_reward
+from pirl.rewards import expected_reward, lifted_network, lifted_reward, linear_reward, neural_reward, tabular_reward
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.trajectories import Trajectories
 
@@ -35,6 +35,7 @@ __all__ = [
     "diagnose",
     "expected_reward",
     "fit",
+    "lifted_network",
     "lifted_reward",
     "linear_reward",
     "log_partition",

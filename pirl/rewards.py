@@ -98,19 +98,70 @@ def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Floa
     return reward
 
 
-def lifted_reward(name: str, network: nn.Module, features: Tensor, scale: float = 1.0) -> Float[Tensor, "*batch S A"]:
-    """A network's reward with a prior on each of its parameters, which become sites of the Pyro model that calls this.
+def lifted_network(
+    name: str, network: nn.Module, scale: float = 1.0, last_layer: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """A network with a prior on each of its parameters, which become sites of the Pyro model that calls this.
 
     A parameter with n inputs a unit is normal with standard deviation ``scale / sqrt(n)``, a bias with ``scale``, so
-    that the prior of the reward does not depend on how wide the layers are. Sites are called ``name_parameter``. Hidden
+    that the prior of the output does not depend on how wide the layers are. Sites are called ``name_parameter``. Hidden
     units can be exchanged: chains are judged by the reward, which ``pyro.deterministic`` records, and not by weights.
 
     Args:
         name: what the names of the sites begin with.
-        network: any module, from ``[S, D]`` to ``[S, 1]`` or ``[S, A]``, or as in :func:`neural_reward`. Its own
-            parameters are only looked at for their shapes.
-        features: ``[S, D]`` or ``[S, A, D]``.
+        network: any module. Its own parameters are only looked at for their shapes.
         scale: standard deviation of a bias, and of each layer's sum of inputs of size one.
+        last_layer: priors on the last module with parameters alone; the others keep the values that they have (a
+            network that was trained before, such as :func:`pirl.baselines.maxent`'s). The posterior is then one of a
+            linear reward, quickly sampled, and right for ``engine="laplace"``.
+
+    Returns:
+        A function from inputs ``[..., D]`` to ``[*batch, ..., outputs]``; in a plate, one network for each of its
+        members.
+
+    Example:
+        >>> def model(demos, pool, network):
+        ...     net = lifted_network("network", network)
+        ...     reward = lambda states, actions: net(torch.cat([states, actions], -1)).squeeze(-1)
+    """
+    values = dict(network.named_parameters())
+    own = [n for n, module in network.named_modules() if next(module.parameters(recurse=False), None) is not None]
+    if not own:
+        raise InvalidRewardError("the network has no parameters to put priors on")
+    fixed: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for parameter, value in values.items():
+        if last_layer and parameter.rpartition(".")[0] != own[-1]:
+            fixed[parameter] = value.detach()
+            continue
+        inputs = value[0].numel() if value.dim() > 1 else 1
+        zero = torch.zeros_like(value, requires_grad=False)
+        prior = dist.Normal(zero, scale / math.sqrt(inputs)).to_event(value.dim())
+        weights[parameter] = pyro.sample(f"{name}_{parameter.replace('.', '_')}", prior, infer={"identified": False})
+    batches = [weights[parameter].shape[: -values[parameter].dim() or None] for parameter in weights]
+    batch = torch.broadcast_shapes(*batches)
+
+    def call(inputs: Tensor) -> Tensor:
+        def one(given: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(network, {**fixed, **given}, (inputs,))
+
+        if not batch:
+            return one(weights)
+        flat = {k: v.expand(*batch, *values[k].shape).reshape(-1, *values[k].shape) for k, v in weights.items()}
+        return torch.func.vmap(one)(flat).unflatten(0, batch)
+
+    return call
+
+
+def lifted_reward(
+    name: str, network: nn.Module, features: Tensor, scale: float = 1.0, last_layer: bool = False
+) -> Float[Tensor, "*batch S A"]:
+    """The reward of a network with priors on its parameters: :func:`neural_reward` of a :func:`lifted_network`.
+
+    Args:
+        network: any module, from ``[S, D]`` to ``[S, 1]`` or ``[S, A]``, or as in :func:`neural_reward`.
+        features: ``[S, D]`` or ``[S, A, D]``.
+        name, scale, last_layer: of :func:`lifted_network`.
 
     Returns:
         ``[*batch, S, 1]`` or ``[*batch, S, A]``; in a plate, one network for each of its members.
@@ -122,23 +173,7 @@ def lifted_reward(name: str, network: nn.Module, features: Tensor, scale: float 
         >>> def model(demos, mdp, features, network):
         ...     reward = lifted_reward("network", network, features)
     """
-    weights: dict[str, Tensor] = {}
-    for parameter, value in network.named_parameters():
-        inputs = value[0].numel() if value.dim() > 1 else 1
-        zero = torch.zeros_like(value, requires_grad=False)
-        prior = dist.Normal(zero, scale / math.sqrt(inputs)).to_event(value.dim())
-        weights[parameter] = pyro.sample(f"{name}_{parameter.replace('.', '_')}", prior, infer={"identified": False})
-    shapes = {parameter: value.shape for parameter, value in network.named_parameters()}
-    batches = [weights[parameter].shape[: -len(shape) or None] for parameter, shape in shapes.items()]
-    batch = torch.broadcast_shapes(*batches)
-
-    def reward(values: dict[str, Tensor]) -> Tensor:
-        return neural_reward(lambda x: torch.func.functional_call(network, values, (x,)), features)
-
-    if not batch:
-        return reward(weights)
-    flat = {key: value.expand(*batch, *shapes[key]).reshape(-1, *shapes[key]) for key, value in weights.items()}
-    return torch.func.vmap(reward)(flat).unflatten(0, batch)
+    return neural_reward(lifted_network(name, network, scale, last_layer), features)
 
 
 def expected_reward(reward_sas: Tensor, transition: Tensor) -> Float[Tensor, "*batch S A"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 import numpy as np
 import pyro
@@ -289,3 +291,51 @@ def test_terminal_states_collect_their_reward_once() -> None:
     without = pirl.MaxEntTrajectory(mdp, 0 * reward, lengths=torch.full((30,), STEPS)).log_prob(table)
     found = SampledMaxEntTrajectory(pool, reward, lengths=lengths).log_prob(table)
     torch.testing.assert_close(found, whole - without, rtol=0, atol=1e-11)
+
+
+def lifted_model(demos: ContinuousTrajectories, pool: Pool, network: torch.nn.Module, last_layer: bool) -> None:
+    net = pirl.lifted_network("net", network, last_layer=last_layer)
+    with pyro.plate("episode", len(demos)):
+        law = SampledMaxEntTrajectory(
+            pool, lambda s, a: -net(torch.cat([s, a], -1)).squeeze(-1).square(), lengths=demos.lengths
+        )
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["chees", "nuts", "svi", "laplace"])
+def test_a_network_with_priors_is_a_reward_for_every_engine(engine: str) -> None:
+    rollouts, policy = vectors()
+    pool = Pool.of(rollouts, policy, policy)  # type: ignore[arg-type]
+    demos = ContinuousTrajectories(rollouts.states[:3], rollouts.actions[:3])
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
+    few: dict[str, Any] = {"num_chains": 2, "num_warmup": 10, "num_samples": 10} if engine in ("chees", "nuts") else {}
+    few |= {"num_steps": 100} if engine == "svi" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so short a run converges to nothing, and this pool is poor
+        posterior = pirl.fit(
+            lifted_model, demos, pool, network, engine == "laplace", engine=engine, progress=False, num_prior=0,
+            num_posterior_predictive=0, log_likelihood=False, **few,
+        )  # fmt: skip
+    sites = {"net_2_weight", "net_2_bias"} if engine == "laplace" else {
+        "net_0_weight", "net_0_bias", "net_2_weight", "net_2_bias"}  # fmt: skip
+    assert set(posterior.posterior.data_vars) == sites
+    assert all(np.isfinite(x.values).all() for x in posterior.posterior.data_vars.values())
+    assert posterior.posterior.attrs["partition_trusted"] == "False"
+
+
+def test_the_last_layer_alone_is_a_linear_reward() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1, bias=False)).double()
+    inputs = torch.randn(6, 3, dtype=torch.float64)
+    hidden = network[:2](inputs).detach()
+    weights = torch.randn(5, 1, 4, dtype=torch.float64)
+    for value in (weights[0], weights):
+        with pyro.poutine.condition(data={"net_2_weight": value}):
+            found = pirl.lifted_reward("net", network, inputs, last_layer=True)
+        torch.testing.assert_close(found.squeeze(-1), value.squeeze(-2) @ hidden.mT, rtol=1e-12, atol=1e-12)
+    trace = pyro.poutine.trace(lambda: pirl.lifted_network("net", network, last_layer=True)).get_trace()
+    assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["net_2_weight"]
+    with pytest.raises(InvalidRewardError, match="no parameters"):
+        pirl.lifted_network("net", torch.nn.Tanh())
