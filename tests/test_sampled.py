@@ -311,7 +311,7 @@ def test_a_network_with_priors_is_a_reward_for_every_engine(engine: str) -> None
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1)).double()
     few: dict[str, Any] = {"num_chains": 2, "num_warmup": 10, "num_samples": 10} if engine in ("chees", "nuts") else {}
-    few |= {"num_steps": 100} if engine == "svi" else {}
+    few |= {"max_steps": 100} if engine == "svi" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so short a run converges to nothing, and this pool is poor
         posterior = pirl.fit(
