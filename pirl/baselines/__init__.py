@@ -6,9 +6,11 @@
 - :func:`cloning`: imitation, which infers nothing;
 - :func:`sample_gradient`, :func:`guided_cost`, :func:`adversarial`: maximum likelihood of the trajectory reading from a
   simulator alone, from plain sample gradients to guided cost learning and IRL as a GAN.
+- :func:`airl`: adversarial IRL with networks for reward and policy, from a simulator alone.
 """
 
 from pirl.baselines.adversarial import adversarial
+from pirl.baselines.airl import airl
 from pirl.baselines.cloning import cloning
 from pirl.baselines.estimate import PointEstimate
 from pirl.baselines.guided_cost import guided_cost, sample_gradient
@@ -19,6 +21,7 @@ from pirl.baselines.maxent import maxent
 __all__ = [
     "PointEstimate",
     "adversarial",
+    "airl",
     "cloning",
     "guided_cost",
     "max_margin",
