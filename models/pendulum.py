@@ -85,7 +85,7 @@ def load(num_demos: int = 10, horizon: int = 100, num_rollouts: int = 500, seed:
     seen = _recorded(num_demos, horizon)
     if seen is None:
         seen = _made(num_demos, horizon, seed)
-    demos = [pirl.ContinuousTrajectories(seen.states[[i]], seen.actions[[i]]) for i in range(num_demos)]
+    demos = [pirl.ContinuousTrajectories(seen.states[[i]], seen.actions[[i]]) for i in range(len(seen))]
     simulators = [Pendulum(demo.states[0, 0], horizon) for demo in demos]
     learner = _learner(simulators[0])
     pools, _ = guided_pool(

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError, OptionError
+from pirl.errors import InvalidRewardError, OptionError, SimulatorError
 from pirl.message_passing import log_policy_to_go
-from pirl.simulators import Generator, Simulator
+from pirl.simulators import Generator, Simulator, asked, checked_states
 from pirl.soft_values import SoftProblem, soft_values
 from pirl.transitions import TransitionMap
 
@@ -53,6 +53,8 @@ class Grid:
             raise OptionError(f"a box from {tuple(low)} to {tuple(high)} with {tuple(shape)} nodes is none")
         if any(size < 2 for size in shape):
             raise OptionError(f"{tuple(shape)} nodes: at least 2 along each coordinate")
+        if any(not 0 <= i < len(shape) for i in wraps):
+            raise OptionError(f"wraps={tuple(wraps)}: coordinates are numbered from 0 to {len(shape) - 1}")
         self.shape, self.wraps = tuple(shape), tuple(wraps)
         self.low = torch.tensor(low, dtype=dtype, device=device)
         cells = [size if i in wraps else size - 1 for i, size in enumerate(shape)]
@@ -63,6 +65,10 @@ class Grid:
 
     def neighbours(self, points: Float[Tensor, "n d"]) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"]]:
         """Numbers of the 2^d surrounding nodes, and their shares."""
+        if points.shape[-1] != len(self.shape) or not bool(points.isfinite().all()):
+            raise OptionError(
+                f"points {tuple(points.shape)} must be finite, with {len(self.shape)} coordinates, as the grid has"
+            )
         place = (points - self.low) / self.width
         index = torch.zeros(len(points), 1, dtype=torch.long, device=points.device)
         share = torch.ones(len(points), 1, dtype=points.dtype, device=points.device)
@@ -197,6 +203,10 @@ class GridLearner:
         states: from coordinates to states.
         draws: next states drawn for each node and action; more than one where there is noise.
 
+    Raises:
+        SimulatorError: the simulator failed, or ends episodes early.
+        OptionError: an option out of range.
+
     Attributes:
         base: the base policy.
         steps_taken: steps of the simulator, ``S * K * draws``.
@@ -217,6 +227,8 @@ class GridLearner:
         draws: int = 1,
         generator: Generator = None,
     ) -> None:
+        if hasattr(simulator, "is_terminal"):
+            raise SimulatorError("a grid has no ends: give a simulator without is_terminal, which plays all decisions")
         if draws < 1:
             raise OptionError(f"draws is {draws}; at least 1 next state of each node and action")
         self.simulator, self.grid, self.actions = simulator, grid, actions
@@ -228,7 +240,7 @@ class GridLearner:
         self._row_actions = actions.middle.to(grid.nodes).repeat(count, 1)
         columns, shares = [], []
         for _ in range(draws):
-            following = simulator.step(self._row_states, self._row_actions, generator)
+            following = asked("a node of the grid", self._ask(generator))
             index, share = grid.neighbours(self.coordinates(following))
             columns.append(index)
             shares.append(share / draws)
@@ -241,6 +253,10 @@ class GridLearner:
             transitions, log_prior, "causal", torch.zeros_like(log_prior), stop=0.0, horizon=simulator.horizon
         )
         self.steps_taken = count * actions.num * draws
+
+    def _ask(self, generator: Generator) -> Callable[[], Tensor]:
+        states = self._row_states
+        return lambda: checked_states(self.simulator.step(states, self._row_actions, generator), len(states), states)
 
     @torch.no_grad()
     def update(self, reward: Reward, generator: Generator = None) -> GridPolicy:

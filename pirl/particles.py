@@ -18,7 +18,16 @@ from torch import Tensor
 
 from pirl.errors import OptionError, SimulatorError
 from pirl.partition import Particles, log_mean_exp, smc_trajectories, systematic
-from pirl.simulators import EpisodeSimulator, Generator, Policy, Rollouts, Simulator, log_density
+from pirl.simulators import (
+    EpisodeSimulator,
+    Generator,
+    Policy,
+    Rollouts,
+    Simulator,
+    asked,
+    checked_states,
+    log_density,
+)  # fmt: skip
 
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""
@@ -39,7 +48,8 @@ class TiltedProposal:
         reward: r0.
         log_partition: log Z-hat(r0).
         standard_error: of it.
-        efficiency: how many independent draws one particle is worth, at most 1: particles share ancestors.
+        efficiency: how many independent draws one particle is worth, at most 1: particles share ancestors, and runs
+            whose Z-hat is small hardly count.
     """
 
     def __init__(
@@ -48,20 +58,25 @@ class TiltedProposal:
         self.reward, self.base = reward, base
         self.log_partition, self.standard_error, self.efficiency = log_partition, standard_error, efficiency
 
-    def log_density(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
-        """r0(tau) + sum_t log p(a_t|s_t) - log Z-hat, relative to the dynamics."""
-        base = log_density(self.base, states, actions, lengths)
+    def log_density(
+        self, states: Tensor, actions: Tensor, lengths: Tensor, log_base: Tensor | None = None
+    ) -> Float[Tensor, " n"]:
+        """r0(tau) + sum_t log p(a_t|s_t) - log Z-hat, relative to the dynamics; the second term may be given."""
+        base = log_density(self.base, states, actions, lengths) if log_base is None else log_base
         return returns(self.reward, states, actions, lengths) + base - self.log_partition
 
 
 def returns(reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
     """sum_t r(s_t, a_t) of trajectories ``[n, T + 1, *event]``, the no-op of a terminal state included."""
-    filled = torch.zeros(len(lengths), device=lengths.device)
-    pairs = Rollouts(states, actions, filled, lengths)
-    if isinstance(reward, Tensor):
-        return pairs.returns(reward.expand(-1, int(actions.max()) + 1) if reward.shape[-1] == 1 else reward)
+    return _gains(reward, states, actions, lengths).sum(-1)
+
+
+def _gains(reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, "n T"]:
+    pairs = Rollouts(states, actions, torch.zeros(len(lengths), device=lengths.device), lengths)
     visited, acted, counted = pairs.pairs()
-    return (reward(visited, acted) * counted).sum(-1)
+    if isinstance(reward, Tensor):
+        return reward.expand(-1, max(reward.shape[-1], int(acted.max()) + 1))[visited, acted] * counted
+    return reward(visited.flatten(0, 1), acted.flatten(0, 1)).unflatten(0, counted.shape) * counted
 
 
 @torch.no_grad()
@@ -73,7 +88,7 @@ def tilt(
     generator: Generator = None,
     *,
     base: Policy,
-    num_runs: int = 20,
+    num_runs: int | None = None,
     threshold: float = 0.5,
 ) -> tuple[Rollouts, TiltedProposal]:
     """Draw trajectories of p(tau | O) for a reward, approximately, by particles.
@@ -83,8 +98,9 @@ def tilt(
         policy: for this reward; its ``value`` is the twist.
         reward: r0.
         num: how many; divided among the runs.
-        base: the base measure over actions, normalised.
-        num_runs: independent particle filters, whose spread tells how good they are.
+        base: the base measure over actions.
+        num_runs: independent particle filters, whose spread tells how good they are; by default 5 to 20, of a hundred
+            particles where there are as many. Small runs find less.
         threshold: resample where the effective share of particles falls below it.
 
     Returns:
@@ -92,31 +108,48 @@ def tilt(
 
     Raises:
         OptionError: fewer than two runs, or two particles a run.
-        SimulatorError: the simulator plays whole episodes only.
+        SimulatorError: the simulator plays whole episodes only, ends episodes of vectors early, or failed.
         PartitionError: a weight is not finite, or all are 0.
 
     Example:
         >>> learner = SoftQLearner(simulator, reading="trajectory")
         >>> pool = pool.add(*tilt(simulator, learner.update(reward, 500), reward, 1000, base=base_policy(mdp)))
     """
+    num_runs = max(min(max(num // 100, 5), 20, num // 2), 2) if num_runs is None else num_runs
     if num_runs < 2 or num < 2 * num_runs:
         raise OptionError(f"{num} particles in {num_runs} runs: at least 2 runs, of at least 2 particles")
-    if not isinstance(simulator, Simulator):
-        raise SimulatorError("particles need a simulator with reset and step, and this one plays whole episodes")
-    size = num // num_runs
+    if not can_tilt(simulator) or not isinstance(simulator, Simulator):
+        raise SimulatorError(
+            "particles need a simulator with reset and step, without is_terminal where states are vectors: play all "
+            "decisions, whatever happens, or add a policy's roll-outs"
+        )
     laws = _laws(simulator, policy, reward, base, generator)
-    runs = smc_trajectories(laws, simulator.horizon, size, num_runs, threshold, generator)
-    # Equal weights: first runs are drawn by their Z-hat, then particles within each by their weights.
+    runs = smc_trajectories(laws, simulator.horizon, -(-num // num_runs), num_runs, threshold, generator)
+    # Equal weights: first runs are drawn by their Z-hat, then particles within each by their weights. Neighbours share
+    # ancestors, and are shuffled, so that any part of the draws is as good as another.
     weight = (runs.log_partition[:, None] + runs.log_weights.log_softmax(-1)).flatten().softmax(0)
-    drawn = systematic(weight[None], generator)[0]
-    states, actions = runs.states.flatten(0, 1)[drawn], runs.actions.flatten(0, 1)[drawn]
-    lengths = _lengths(actions)
+    drawn = systematic(weight[None], generator, num)[0]
+    device = drawn.device if generator is None else generator.device
+    drawn = drawn[torch.randperm(num, generator=generator, device=device).to(drawn.device)]
+    states, actions = runs.states.flatten(0, 1), runs.actions.flatten(0, 1)
+    gains = _gains(reward, states, actions, _lengths(actions)).unflatten(0, runs.returns.shape)
+    early = -(-gains.shape[-1] // 3)
+    # First steps share most ancestors; and what runs of small Z-hat drew is hardly there.
+    worth = min(_efficiency(gains[..., :k].sum(-1), runs.log_weights) for k in (early, gains.shape[-1]))
+    worth = min(1.0, worth / (num_runs * float(runs.log_partition.softmax(0).square().sum())))
     spread = (runs.log_partition - log_mean_exp(runs.log_partition)).exp()
-    relative = float(spread.std()) / math.sqrt(num_runs)
-    proposal = TiltedProposal(
-        reward, base, float(log_mean_exp(runs.log_partition)), relative, _efficiency(runs.returns, runs.log_weights)
-    )
+    # The relative spread of a few Z-hats is bounded; that of their logarithms is not.
+    error = max(float(spread.std()), float(runs.log_partition.std())) / math.sqrt(num_runs)
+    proposal = TiltedProposal(reward, base, float(log_mean_exp(runs.log_partition)), error, worth)
+    states, actions = states[drawn], actions[drawn]
+    lengths = _lengths(actions)
     return Rollouts(states, actions, proposal.log_density(states, actions, lengths), lengths), proposal
+
+
+def can_tilt(simulator: object) -> bool:
+    """Whether particles can go on from any state of a simulator: it steps, and episodes of vectors do not end early."""
+    finite = hasattr(simulator, "log_prior")
+    return isinstance(simulator, Simulator) and (finite or not hasattr(simulator, "is_terminal"))
 
 
 def _efficiency(values: Float[Tensor, "R n"], log_weights: Float[Tensor, "R n"]) -> float:
@@ -160,8 +193,13 @@ def _laws(simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Poli
         return (states >= 0) & ~at_end
 
     def reset(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        states = simulator.reset(shape[0] * shape[1], generator).unflatten(0, shape)
-        return states, policy.value(states.flatten(0, 1)[:1], 0).new_zeros(shape)
+        num = shape[0] * shape[1]
+        states = asked("reset", lambda: checked_states(simulator.reset(num, generator), num)).unflatten(0, shape)
+        return states, zeros(states, 0)
+
+    def zeros(states: Tensor, t: int) -> Tensor:
+        """In the precision of the policy's values."""
+        return torch.zeros_like(policy.value(states.flatten(0, 1)[:1].clamp_min(0), t)).new_zeros(states.shape[:2])
 
     def propose(t: int, states: Tensor) -> tuple[Tensor, Tensor]:
         living = acts(states)
@@ -171,14 +209,15 @@ def _laws(simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Poli
         return actions, ratio
 
     def step(t: int, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        living = acts(states)
-        following = each(lambda s, a: simulator.step(s, a, generator), -1.0, states, actions, living=living)
-        return following, policy.value(states.flatten(0, 1)[:1].clamp_min(0), t).new_zeros(states.shape[:2])
+        def advance(s: Tensor, a: Tensor) -> Tensor:
+            return asked(f"step {t}", lambda: checked_states(simulator.step(s, a, generator), len(s), like=s))
+
+        return each(advance, -1.0, states, actions, living=acts(states)), zeros(states, t)
 
     def gained(t: int, states: Tensor, actions: Tensor) -> Tensor:
         if not isinstance(reward, Tensor):
-            return reward(states, actions)
-        table = reward.expand(-1, int(actions.max().clamp_min(0)) + 1) if reward.shape[-1] == 1 else reward
+            return reward(states.flatten(0, 1), actions.flatten(0, 1)).unflatten(0, states.shape[:2])
+        table = reward.expand(-1, max(reward.shape[-1], int(actions.max()) + 1))
         return torch.where(states >= 0, table[states.clamp_min(0), actions.clamp_min(0)], 0.0)
 
     def twist(t: int, states: Tensor) -> Tensor:

@@ -120,15 +120,16 @@ def reconcile(
         >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1]))
         tensor([0., 0.])
     """
+    # In double precision: what proposals without overlap leave is far below that of floats.
     constants, free = torch.zeros_like(errors), (errors > 0).nonzero().flatten()
     if len(free) < 2:
         return constants
     label = origin.unsqueeze(0) == free.unsqueeze(1)
     kept = label.any(0)
-    label, density = label[:, kept].to(log_densities), log_densities[free][:, kept]
-    weight = (torch.ones_like(errors) if worth is None else worth)[origin[kept]]
+    label, density = label[:, kept].double(), log_densities[free][:, kept].double()
+    weight = (torch.ones_like(errors) if worth is None else worth).double()[origin[kept]]
     counts = (label * weight).sum(1)
-    ones = torch.ones_like(label[:, :1]) @ label.new_ones(1, len(free)) / len(free)  # fixes the sum, which is free
+    ones = torch.full_like(label[:, :1] @ label[:, :1].mT, 1 / len(free))  # fixes the sum, which is free
     # Proposals without samples in common have no curvature; their agreement is worth nothing below.
     floor = counts.sum() * ones + 1e-9 * torch.diag(counts)
     agreed = torch.zeros_like(counts)
@@ -139,12 +140,12 @@ def reconcile(
         agreed = agreed + step.clamp(-1, 1)  # a longer one is a sign of samples that do not overlap
         if float(step.abs().max()) < 1e-10:
             break
-    centre = torch.eye(len(free)).to(ones) - ones
+    centre = torch.diag(torch.ones_like(counts)) - ones
     variance = torch.linalg.inv(curvature + floor) - torch.diag(1 / counts)
     size, axes = torch.linalg.eigh(centre @ variance @ centre)
     precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
-    before = torch.diag(errors[free] ** -2)
-    constants[free] = torch.linalg.solve(precision + before, precision @ agreed)
+    before = torch.diag(errors[free].double() ** -2)
+    constants[free] = torch.linalg.solve(precision + before, precision @ agreed).to(errors)
     return constants
 
 
@@ -329,7 +330,8 @@ def _filter(
     ahead = twist(0, states).detach()
     log_weight, log_partition = ratio.detach() + ahead, ratio.new_zeros(shape[0])
     returns: Tensor = ratio.new_zeros(shape)
-    visited, chosen = [states], list[Tensor]()
+    visited, chosen, parents = [states], list[Tensor](), list[Tensor]()
+    same = torch.arange(shape[1], device=ratio.device).expand(shape)
     for t in range(num_steps):
         actions, preferred = particles.propose(t, states)
         gained = particles.reward(t, states, actions)
@@ -337,20 +339,26 @@ def _filter(
         later = twist(t + 1, following).detach() if t + 1 < num_steps else torch.zeros_like(ahead)
         log_weight = log_weight + (gained + preferred + moved + later - ahead).detach()
         _check(log_weight)
-        returns, states, ahead = returns + gained, following, later
-        visited, chosen = [*(visited if keep_paths else []), states], [*(chosen if keep_paths else []), actions]
+        returns, states, ahead, ancestor = returns + gained, following, later, same
         poor = _spread(log_weight)[0] / shape[1] < threshold
         if t + 1 < num_steps and bool(poor.any()):
-            ancestor = systematic(log_weight.softmax(-1), generator)
-            ancestor = torch.where(poor[:, None], ancestor, torch.arange(shape[1], device=ancestor.device))
+            ancestor = torch.where(poor[:, None], systematic(log_weight.softmax(-1), generator), same)
             log_partition = log_partition + torch.where(poor, log_mean_exp(log_weight), 0.0)
             log_weight = torch.where(poor[:, None], 0.0, log_weight)
-            returns, ahead = returns.gather(1, ancestor), ahead.gather(1, ancestor)
-            visited, chosen = [take(x, ancestor) for x in visited], [take(x, ancestor) for x in chosen]
-            states = visited[-1]
-    return ParticleRuns(
-        log_partition + log_mean_exp(log_weight), log_weight, returns, torch.stack(visited, 2), torch.stack(chosen, 2)
-    )
+            returns, ahead, states = (take(x, ancestor) for x in (returns, ahead, following))
+        if keep_paths:
+            visited.append(following)
+            chosen.append(actions)
+            parents.append(ancestor)
+    if keep_paths:
+        # Back along the line of ancestors: each step's particles are those before it was resampled.
+        line = same
+        for t in reversed(range(num_steps)):
+            line = parents[t].gather(1, line)
+            visited[t + 1], chosen[t] = take(visited[t + 1], line), take(chosen[t], line)
+        visited[0] = take(visited[0], line)
+    paths = (torch.stack(visited, 2), torch.stack(chosen, 2)) if keep_paths else (states, states)
+    return ParticleRuns(log_partition + log_mean_exp(log_weight), log_weight, returns, *paths)
 
 
 def take(particles: Tensor, ancestor: Int[Tensor, "R n"]) -> Tensor:
@@ -478,9 +486,13 @@ def _spread(log_weights: Float[Tensor, "*batch N"]) -> tuple[Float[Tensor, "*bat
     return ess, ((count / ess - 1).clamp(min=0) * count / max(count - 1, 1)).sqrt()
 
 
-def systematic(weights: Float[Tensor, "R n"], generator: torch.Generator | None) -> Int[Tensor, "R n"]:
-    """Ancestors of the particles of each run, by one uniform number a run."""
+def systematic(
+    weights: Float[Tensor, "R n"], generator: torch.Generator | None, num: int | None = None
+) -> Int[Tensor, "R m"]:
+    """Ancestors of ``num`` particles (n by default) of each run, by one uniform number a run; in increasing order."""
     runs, count = weights.shape
-    offset = torch.rand(runs, 1, generator=generator, dtype=weights.dtype).to(weights.device)
-    points = (torch.arange(count, device=weights.device) + offset) / count
+    num = count if num is None else num
+    device = weights.device if generator is None else generator.device
+    offset = torch.rand(runs, 1, generator=generator, dtype=weights.dtype, device=device).to(weights.device)
+    points = (torch.arange(num, device=weights.device) + offset) / num
     return torch.searchsorted(weights.cumsum(-1), points).clamp(max=count - 1)

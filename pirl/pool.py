@@ -85,10 +85,9 @@ class Pool:
                 f"{tuple(self.actions.shape[1:])}"
             )
         log_base = torch.zeros_like(rollouts.log_density) if self.base is None else _density(self.base, rollouts)
-        under_old = torch.stack([_density(old, rollouts) for old in self.policies])
-        under_new = torch.cat(
-            [log_density(policy, self.states, self.actions, self.lengths), _density(policy, rollouts)]
-        )
+        under_old = torch.stack([self._under(old, rollouts, log_base) for old in self.policies])
+        old = Rollouts(self.states, self.actions, self.log_base, self.lengths)
+        under_new = torch.cat([self._under(policy, old, self.log_base), self._under(policy, rollouts, log_base)])
         pool = Pool(
             torch.cat([self.states, rollouts.states]),
             torch.cat([self.actions, rollouts.actions]),
@@ -101,6 +100,12 @@ class Pool:
         )
         _ = pool.log_ratio
         return pool
+
+    def _under(self, law: Policy | WholeLaw, rollouts: Rollouts, log_base: Tensor) -> Tensor:
+        """Log density of roll-outs under a law; that of the base measure is computed once for all."""
+        if isinstance(law, WholeLaw) and getattr(law, "base", None) is self.base and self.base is not None:
+            return law.log_density(rollouts.states, rollouts.actions, rollouts.lengths, log_base)  # type: ignore[call-arg]
+        return _density(law, rollouts)
 
     def newest(self, num_policies: int) -> Pool:
         """The samples of the last policies only, weighed among themselves: old ones that no longer help may go."""
@@ -165,8 +170,16 @@ class Pool:
 
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
         """log Z-hat and its diagnostics, in which particles that share ancestors count for less than one sample."""
-        found, worth = importance(log_weights), self.efficiency
-        return found._replace(ess=found.ess * worth, standard_error=found.standard_error / worth**0.5)
+        found, share = importance(log_weights), log_weights.detach().softmax(-1)
+        worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
+        ess = 1 / (share.square() / worth[self.origin]).sum(-1)
+        errors = self.log_base.new_tensor([getattr(policy, "standard_error", 0.0) for policy in self.policies])
+        # The constants' own errors, of those proposals that carry the weight.
+        carried = torch.zeros(*share.shape[:-1], len(errors), dtype=share.dtype, device=share.device)
+        carried = carried.index_add(-1, self.origin, share)
+        of_constants = (carried * errors).square().sum(-1)
+        error = (found.standard_error.square() * found.ess / ess + of_constants).sqrt()
+        return found._replace(ess=ess, standard_error=error)
 
     @property
     def table(self) -> Tensor:

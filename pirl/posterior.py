@@ -215,16 +215,32 @@ def partition_quality(
     weights: dict[str, list[Tensor]] = {name: [] for name in first}
     for number in range(len(index)):
         for name, law in laws(number).items():
-            weights[name].append(law.log_weights.flatten(0, -2) if law.log_weights.dim() > 1 else law.log_weights[None])
-    found = [first[name].pool.judge(torch.cat(rows)) for name, rows in weights.items()]
-    value, error, ess, khat = (torch.cat([torch.as_tensor(estimate[part]) for estimate in found]) for part in range(4))
-    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in found))
-    # Errors of one pool move all that it explains together; those of several pools average out.
-    explained: dict[int, int] = {}
-    for law in first.values():
-        explained[id(law.pool)] = explained.get(id(law.pool), 0) + max(law.batch_shape.numel(), 1)
-    counts = list(explained.values())
-    return whole, math.ceil(sum(n * n for n in counts) / sum(counts))
+            weights[name].append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
+    # Errors of one pool move all that it explains together; those of several pools average out. Of a draw, the worst
+    # pool's tail counts.
+    explained = {name: max(law.batch_shape.numel(), 1) for name, law in first.items()}
+    of_pool: dict[int, int] = {}
+    for name, law in first.items():
+        of_pool[id(law.pool)] = of_pool.get(id(law.pool), 0) + explained[name]
+    total, squares = sum(of_pool.values()), sum(n * n for n in of_pool.values())
+    found = {name: first[name].pool.judge(torch.stack(rows)) for name, rows in weights.items()}  # [draw, *batch]
+    flat = {
+        name: PartitionEstimate(
+            part.log_partition.flatten(1), part.standard_error.flatten(1), part.ess.flatten(1),
+            part.pareto_k.flatten(1), part.num_samples,
+        )
+        for name, part in found.items()
+    }  # fmt: skip
+    inverse = torch.zeros(len(index), dtype=torch.float64)
+    for name, estimate in flat.items():
+        share = explained[name] / of_pool[id(first[name].pool)]
+        inverse += share * of_pool[id(first[name].pool)] ** 2 * (1 / estimate.ess.double()).amax(1).cpu()
+    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0) for estimate in flat.values()], 1).amax(1)
+    error = torch.cat([estimate.standard_error for estimate in flat.values()], 1).amax(1)
+    value = torch.cat([estimate.log_partition for estimate in flat.values()], 1).mean(1)
+    ess = (squares / inverse).to(value)
+    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in flat.values()))
+    return whole, math.ceil(squares / total)
 
 
 # ------------------------------------------------------------------------------------------------ what is identified

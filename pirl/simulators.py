@@ -8,7 +8,7 @@ the decisions, sum_t log pi(a_t|s_t): with the true dynamics in both, p(tau) / q
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from pirl.mdp import TabularMDP
 from pirl.trajectories import End, Trajectories
 
 Generator = torch.Generator | None
+Answer = TypeVar("Answer")
 
 
 @runtime_checkable
@@ -158,11 +159,11 @@ def roll_out(
         return torch.zeros(len(states), dtype=torch.bool, device=states.device) if known is None else known(states)
 
     def first() -> tuple[Tensor, Tensor]:
-        states = _states(simulator.reset(num, generator), num)
+        states = checked_states(simulator.reset(num, generator), num)
         return states, is_terminal(states)
 
     def advance(episodes: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        following = _states(simulator.step(states, actions, generator), len(states), like=states)
+        following = checked_states(simulator.step(states, actions, generator), len(states), like=states)
         return following, is_terminal(following)
 
     return _play(first, advance, policy, simulator.horizon, generator)
@@ -261,6 +262,25 @@ def log_base_measure(
     acting = actions >= 0
     chosen = mdp.log_prior[states[:, : actions.shape[1]].clamp_min(0), actions.clamp_min(0)]
     return torch.where(acting, chosen, 0.0).sum(1)
+
+
+class BaseMeasure:
+    """A base measure over actions that need not be normalised, such as the counting measure.
+
+    Roll-outs that follow it are drawn from its normalised form, :func:`base_policy`; as the base of a
+    :class:`pirl.Pool` it weighs trajectories by what it is.
+    """
+
+    def __init__(self, log_prior: Float[Tensor, "S A"]) -> None:
+        self.log_prior, self._policy = log_prior, TabularPolicy(torch.log_softmax(log_prior, -1))
+
+    def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
+        """Actions ``[n]``."""
+        return self._policy.sample(states, step, generator)
+
+    def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Float[Tensor, " n"]:
+        """log p(a|s), as given."""
+        return self.log_prior[states, actions]
 
 
 class TabularSimulator:
@@ -426,7 +446,7 @@ class GymSimulator:
 
         def first() -> tuple[Tensor, Tensor]:
             seen = [env.reset(seed=seed)[0] for env, seed in zip(self._envs, seeds, strict=False)]
-            return _states(self._vectors(seen), len(seeds)), torch.zeros(len(seeds), dtype=torch.bool)
+            return checked_states(self._vectors(seen), len(seeds)), torch.zeros(len(seeds), dtype=torch.bool)
 
         def advance(episodes: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
             following = states.clone()
@@ -443,7 +463,7 @@ class GymSimulator:
                         f"{self.horizon}: give a shorter horizon, or make it with max_episode_steps={self.horizon}"
                     )
             ended = [over[i] and not self.absorb for i in episodes.tolist()]
-            return _states(following, len(states), like=states), torch.tensor(ended)
+            return checked_states(following, len(states), like=states), torch.tensor(ended)
 
         return _play(first, advance, policy, self.horizon, generator)._replace(rewards=rewards)
 
@@ -470,7 +490,7 @@ def _play(
     generator: Generator,
 ) -> Rollouts:
     """Episodes side by side; ``first`` and ``advance`` give states and which of them end an episode."""
-    now, ended = _asked("reset", first)
+    now, ended = asked("reset", first)
     num = len(now)
     states = now.unsqueeze(1).repeat(1, horizon + 1, *[1] * (now.dim() - 1))
     actions, density = None, None
@@ -481,7 +501,7 @@ def _play(
             break
         here = states[alive, t]
         chosen, log_prob = _decided(policy, here, t, generator)
-        following, ended = _asked(f"step {t}", lambda: advance(alive, here, chosen))  # noqa: B023
+        following, ended = asked(f"step {t}", lambda: advance(alive, here, chosen))  # noqa: B023
         if actions is None or density is None:
             fill = 0 if chosen.is_floating_point() else -1
             actions = chosen.new_full((num, horizon, *chosen.shape[1:]), fill)
@@ -502,7 +522,8 @@ def _play(
     return Rollouts(states, actions, density, lengths)
 
 
-def _asked(when: str, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def asked(when: str, call: Callable[[], Answer]) -> Answer:
+    """What a simulator answers; whatever it raises becomes a :class:`pirl.errors.SimulatorError` that says when."""
     try:
         return call()
     except Exception as error:
@@ -510,7 +531,7 @@ def _asked(when: str, call: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor
         raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
 
 
-def _states(states: Any, num: int, like: Tensor | None = None) -> Tensor:
+def checked_states(states: Any, num: int, like: Tensor | None = None) -> Tensor:
     """The simulator's answer, looked at."""
     if not isinstance(states, Tensor):
         raise TypeError(f"states must be a tensor, not {type(states).__name__}")

@@ -16,7 +16,7 @@ from pirl.message_passing import messages
 from pirl.particles import TiltedProposal, tilt
 from pirl.partition import reconcile
 from pirl.pool import Pool
-from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
+from pirl.simulators import BaseMeasure, Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
 from pirl.soft_q_learning import SoftPolicy, SoftQLearner
 
 STEPS = 6
@@ -69,8 +69,9 @@ def test_particles_are_unbiased_and_draw_from_the_tilted_law(terminal: bool) -> 
         count.index_add_(0, pair[counted], torch.ones(int(counted.sum()), dtype=torch.float64))
         ratios.append(ratio)
         visits.append(ratio * count / len(rollouts.lengths))  # Z-hat times the draws' mean is unbiased
-        own = proposal.log_density(rollouts.states, rollouts.actions, rollouts.lengths)
-        assert torch.equal(own, rollouts.log_density)
+        decisions = rollouts.lengths.double() * math.log(mdp.num_actions)
+        by_hand = rollouts.returns(reward) - decisions - proposal.log_partition
+        assert torch.allclose(by_hand, rollouts.log_density, rtol=1e-12, atol=1e-12)
     ratio = torch.tensor(ratios)
     assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / math.sqrt(len(ratio))
     found = torch.stack(visits)
@@ -92,13 +93,61 @@ def test_efficiency_says_what_a_particle_is_worth() -> None:
         worth.append(proposal.efficiency)
         spread.append(float(value.var()))
     honest = sum(spread) / len(spread) / float(torch.tensor(means).var()) / 400
-    # A variance of 80 means, and efficiencies from 20 runs each: within a factor of two.
-    assert 0.5 < honest / (sum(worth) / len(worth)) < 2
+    # Never better than it is, but for the chance of a variance of 80 means, and of 20 runs each; and not far worse.
+    assert 0.65 < honest / (sum(worth) / len(worth)) < 3
     assert sum(worth) / len(worth) < 0.7
     # Where nothing is left to chance and the twist is exact, no particle is resampled.
     mdp, reward = world(slip=0.0)
     _, proposal = tilt(TabularSimulator(mdp), learned(mdp, reward), reward, 400, generator, base=base, num_runs=20)
     assert proposal.efficiency > 0.5 and proposal.standard_error < 1e-9
+
+
+def test_any_part_of_the_draws_is_as_good_as_another() -> None:
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    blind = SoftPolicy(base.log_policy.expand(STEPS, -1, -1), torch.zeros(STEPS, mdp.num_states).double(), ())
+    generator = torch.Generator().manual_seed(5)
+    drawn = [tilt(simulator, blind, 2 * reward, 200, generator, base=base)[0].returns(2 * reward) for _ in range(150)]
+    first = torch.stack([x[0] for x in drawn]) - torch.stack([x.mean() for x in drawn])
+    assert abs(float(first.mean())) < 4 * float(first.std()) / math.sqrt(len(first))
+
+
+def test_samples_that_share_ancestors_do_not_hide_behind_many_that_do_not_count() -> None:
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(6)
+    drawn, proposal = tilt(simulator, learned(mdp, 3 * reward), 3 * reward, 1000, generator, base=base)
+    proposal.efficiency = 0.1
+    alone = Pool.of(drawn, proposal, base)
+    many = Pool.of(roll_out(simulator, base, 5000, generator), base, base).add(drawn, proposal)
+    ess = [float(pirl.SampledMaxEntTrajectory(x, 3 * reward).estimate().ess) for x in (alone, many)]
+    assert abs(ess[0] - 100) < 1
+    # The five thousand add what they are worth for this reward, which is little; they are not averaged with the others.
+    without = float(pirl.SampledMaxEntTrajectory(Pool.of(
+        roll_out(simulator, base, 5000, generator), base, base), 3 * reward).estimate().ess)  # fmt: skip
+    assert ess[1] < 2 * (ess[0] + without)
+    # And an estimate at r0 itself is not known better than Z-hat(r0) is.
+    assert float(pirl.SampledMaxEntTrajectory(alone, 3 * reward).estimate().standard_error) >= proposal.standard_error
+
+
+def test_a_counting_measure_is_one() -> None:
+    mdp = gridworld(3, 3, slip=0.2, horizon=STEPS, initial=(0, 0), terminal=[(2, 2)])
+    counting = pirl.TabularMDP(mdp.transition, initial=mdp.initial, terminal=mdp.terminal, horizon=STEPS,
+                               action_prior="counting")  # fmt: skip
+    reward = world()[1]
+    measure = BaseMeasure(counting.log_prior)
+    simulator = TabularSimulator(counting)
+    learner = SoftQLearner(simulator, reading="trajectory")
+    generator = torch.Generator().manual_seed(7)
+    policy = learner.update(reward, 2000, generator)
+    drawn, proposal = tilt(simulator, policy, reward, 8000, generator, base=measure)
+    exact = float(pirl.log_partition(counting, reward))
+    assert abs(proposal.log_partition - exact) < 4 * proposal.standard_error
+    assert abs(exact - float(pirl.log_partition(mdp, reward))) > 5
+    pool = Pool.of(roll_out(simulator, base_policy(counting), 20_000, generator), base_policy(counting), measure)
+    found = pirl.SampledMaxEntTrajectory(pool.add(drawn, proposal), 0.8 * reward).estimate()
+    off = float(found.log_partition) - float(pirl.log_partition(counting, 0.8 * reward))
+    assert abs(off) < 4 * float(found.standard_error)
 
 
 def overlapping(seed: int, count: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +175,9 @@ def test_constants_are_reconciled() -> None:
     difference = torch.stack(differences)
     error = difference.std(0) / math.sqrt(len(difference))
     assert bool((difference.mean(0).abs() < 4 * error + 1e-3).all()) and float(difference.std()) < 0.2
+    # Without overlap the estimates stay, in single precision too.
+    apart = torch.tensor([[0.0, 0.0, -900.0, -900.0], [-900.0, -900.0, 0.0, 0.0]])
+    assert float(reconcile(apart, torch.tensor([0, 0, 1, 1]), torch.full((2,), 0.1)).abs().max()) < 1e-6
     # What is known for certain stays; and so does one estimate alone.
     assert not bool(reconcile(density, origin, torch.tensor([0.0, 0.0, 0.1]).double()).any())
 
@@ -185,6 +237,15 @@ def test_vectors() -> None:
             return base.log_prob(states, actions, 0)
 
     generator = torch.Generator().manual_seed(4)
+    # A reward is asked for pairs [n, ds] and [n, da], as it is documented.
+    shapes = set[int]()
+
+    def watched(states: Tensor, actions: Tensor) -> Tensor:
+        shapes.add(states.dim())
+        return reward(states, actions)
+
+    tilt(system, Exact(), watched, 100, generator, base=Base())
+    assert shapes == {2}
     drawn, proposal = tilt(system, Exact(), reward, 4000, generator, base=Base())
     assert abs(proposal.log_partition - float(law.log_partition)) < 4 * proposal.standard_error
     states, actions = system.sample(reward, 20_000, generator)
@@ -198,7 +259,7 @@ def test_bad_input_is_named() -> None:
     mdp, reward = world()
     policy, base = learned(mdp, reward, 10), base_policy(mdp)
     with pytest.raises(OptionError, match="at least 2 runs"):
-        tilt(TabularSimulator(mdp), policy, reward, 10, base=base)
+        tilt(TabularSimulator(mdp), policy, reward, 3, base=base)
 
     class Whole:
         horizon = 3
@@ -208,3 +269,39 @@ def test_bad_input_is_named() -> None:
 
     with pytest.raises(SimulatorError, match="reset and step"):
         tilt(Whole(), policy, reward, 100, base=base)
+
+    class Fails(TabularSimulator):
+        def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            raise RuntimeError("the robot fell")
+
+    with pytest.raises(SimulatorError, match="step 0: RuntimeError: the robot fell"):
+        tilt(Fails(mdp), policy, reward, 100, base=base)
+
+    class Ends:
+        horizon = 3
+
+        def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.zeros(num, 1)
+
+        def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return states
+
+        def is_terminal(self, states: Tensor) -> Tensor:
+            return states[:, 0] > 1
+
+    with pytest.raises(SimulatorError, match="is_terminal"):
+        tilt(Ends(), policy, reward, 100, base=base)
+
+
+def test_a_pool_mends_a_constant_that_is_known_badly() -> None:
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(8)
+    policy = learned(mdp, reward)
+    (one, good), (two, bad) = (tilt(simulator, policy, reward, 2000, generator, base=base) for _ in range(2))
+    bad.log_partition, bad.standard_error = bad.log_partition + 0.5, 0.5
+    pool = Pool.of(one, good, base).add(two, bad)
+    found = float(pirl.SampledMaxEntTrajectory(pool, reward).log_partition)
+    # Both are of the same law, whose constant is that of the one that knows it.
+    assert abs(found - good.log_partition) < 0.01
+    assert abs(found - float(pirl.log_partition(mdp, reward))) < 4 * good.standard_error + 0.01

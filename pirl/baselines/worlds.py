@@ -18,7 +18,7 @@ from pirl.particles import ValuedPolicy, tilt
 from pirl.pool import Features, Pool
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
-from pirl.simulators import Policy, TabularPolicy, roll_out
+from pirl.simulators import BaseMeasure, Policy, TabularPolicy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
@@ -60,9 +60,11 @@ class World:
 
     def begin(self, num_rollouts: int) -> slice:
         """Fill the pool with roll-outs of the base policy."""
-        rollouts = roll_out(self.simulator, self.base, num_rollouts, self.generator)
+        measure = self.base
+        plain = TabularPolicy(torch.log_softmax(measure.log_prior, -1)) if isinstance(measure, BaseMeasure) else measure
+        rollouts = roll_out(self.simulator, plain, num_rollouts, self.generator)
         self.steps += int(rollouts.lengths.sum())
-        self.pool = Pool.of(rollouts, self.base, self.base)
+        self.pool = Pool.of(rollouts, plain, measure)
         self.pool.check_lengths(self.demos.lengths)
         return slice(0, num_rollouts)
 
@@ -142,7 +144,7 @@ class FiniteWorld(World):
                 f"features have shape {tuple(features.shape)}; expected [{self.shape[0]}, K] or "
                 f"[{self.shape[0]}, {self.shape[1]}, K]"
             )
-        base = TabularPolicy(torch.log_softmax(simulator.log_prior, -1))
+        base = BaseMeasure(simulator.log_prior)
         generator = torch.Generator(device=simulator.log_prior.device).manual_seed(seed)
         super().__init__(demos, simulator, base, generator)
         self.features = features.to(simulator.log_prior)

@@ -20,12 +20,12 @@ from pirl.errors import ConvergenceWarning, ModelError, OptionError
 from pirl.fit import fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
-from pirl.particles import ValuedPolicy, tilt
+from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
-from pirl.simulators import Generator, Policy, Simulator, TabularPolicy, roll_out
+from pirl.simulators import BaseMeasure, Generator, Policy, TabularPolicy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def bayesian_guided_cost(
         args: further arguments of the model.
         base: the base measure over actions, which also plays the first roll-outs; of a finite simulator its own.
         policy_step: trains a policy; by default soft Q-learning in a finite space, and fitted linear-Gaussian control
-            (:mod:`pirl.local_control`) where the base policy is linear-Gaussian.
+            (:mod:`pirl.local_control`) where the base policy is linear-Gaussian. With several simulators the default
+            learns in the first of them.
         engine: of the final posterior.
         guide: of the rounds, "laplace" or "svi".
         num_rounds: at most.
@@ -138,22 +139,23 @@ def guided_pool(
 
     Arguments and errors are those of :func:`bayesian_guided_cost`.
     """
-    if num_rounds < 1 or num_policies < 1 or num_rollouts < 1:
-        raise OptionError("num_rounds, num_policies and num_rollouts must be at least 1")
+    if num_rounds < 1 or num_policies < 1 or num_rollouts < 4:
+        raise OptionError("num_rounds and num_policies must be at least 1, num_rollouts at least 4")
     several = isinstance(simulator, (list, tuple))
     simulators, watched = (simulator, demos) if several else ([simulator], [demos])
     if len(simulators) != len(watched) or not len(simulators):
         raise OptionError(f"{len(simulators)} simulators do not fit {len(watched)} groups of demonstrations")
     generator = torch.Generator().manual_seed(seed)
-    if particles and not all(isinstance(each, Simulator) for each in simulators):
-        raise OptionError("particles=True needs a simulator with reset and step: this one plays whole episodes")
+    if particles and not all(can_tilt(each) for each in simulators):
+        raise OptionError("particles=True needs a simulator with reset and step, and vectors that do not end early")
     if base is None:
         if not isinstance(simulators[0], FiniteSimulator):
             raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
-        base = TabularPolicy(torch.log_softmax(simulators[0].log_prior, -1))
+        base = BaseMeasure(simulators[0].log_prior)
     if policy_step is None:
         policy_step = _policy_step(simulators[0], base, num_rollouts)
-    pools = [Pool.of(roll_out(each, base, num_policies * num_rollouts, generator), base, base) for each in simulators]
+    plain = TabularPolicy(torch.log_softmax(base.log_prior, -1)) if isinstance(base, BaseMeasure) else base
+    pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
         pool.check_support(group.states, group.actions, group.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
@@ -182,8 +184,8 @@ def guided_pool(
                 "trusted": float(trusted),
             }
         )
-        # The first posterior is one of base roll-outs alone: it may look trusted where it is not. And the engine may
-        # reach further than the approximation, hence the margin.
+        # The first posterior is one of policies for the prior alone, and may look trusted where it is not. And the
+        # engine may reach further than the approximation, hence the margin.
         need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
         if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
             break
@@ -219,7 +221,7 @@ def _add(
     particles: bool | None,
 ) -> Pool:
     """A pool with roll-outs of a policy, or with particles that it guides."""
-    valued = isinstance(policy, ValuedPolicy) and isinstance(simulator, Simulator)
+    valued = isinstance(policy, ValuedPolicy) and can_tilt(simulator)
     if particles and not valued:
         raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
     if isinstance(policy, ValuedPolicy) and valued and particles is not False:
