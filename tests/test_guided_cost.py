@@ -220,6 +220,8 @@ def test_bad_input_is_named() -> None:
     narrow = pirl.TabularMDP(mdp.transition, mdp.initial, discount=1.0, horizon=STEPS, available=masked)
     with pytest.raises(PartitionError, match="demonstration 0 has probability 0"):
         guided_cost(demos, TabularSimulator(narrow), features)
+    with pytest.raises(PartitionError, match="run away"):
+        guided_cost(demos, TabularSimulator(mdp), features, num_rollouts=3)
 
 
 def test_a_simulator_that_fails_leaves_the_pool_as_it_was() -> None:

@@ -33,6 +33,8 @@ Demonstrations = Trajectories | ContinuousTrajectories
 
 _MOST_STEPS = 100
 _ARMIJO = 1e-4
+_FARTHEST = 1e5
+"""Returns (in nats) beyond which a likelihood has no maximum among the samples, and policies no digits."""
 
 
 class Step(NamedTuple):
@@ -195,6 +197,11 @@ def _alternate(
         weights = parameters[:num_features]
         change = float((weights - before).norm() / weights.norm().clamp_min(1e-12))
         value = float(objective(sums, parameters).value)
+        if not float((sums.pool @ weights).abs().max()) < _FARTHEST:
+            raise PartitionError(
+                f"the weights run away (|w| = {float(weights.norm()):.3g}): among {len(sums.pool)} samples nothing bounds "
+                "them; give more roll-outs, or l2"
+            )
         converged = free and change < tolerance and number > 0
         policy = world.learn(weights, num_rollouts)
         newest = world.tilt(policy, weights, num_rollouts) if particles else world.extend(policy, num_rollouts)
