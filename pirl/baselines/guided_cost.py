@@ -199,8 +199,8 @@ def _alternate(
         value = float(objective(sums, parameters).value)
         if not float((sums.pool @ weights).abs().max()) < _FARTHEST:
             raise PartitionError(
-                f"the weights run away (|w| = {float(weights.norm()):.3g}): among {len(sums.pool)} samples nothing bounds "
-                "them; give more roll-outs, or l2"
+                f"the weights run away (|w| = {float(weights.norm()):.3g}): nothing among {len(sums.pool)} samples "
+                "bounds them; give more roll-outs, or l2"
             )
         converged = free and change < tolerance and number > 0
         policy = world.learn(weights, num_rollouts)
