@@ -99,6 +99,10 @@ def test_densities_sum_to_one_and_samples_follow_them() -> None:
     count = torch.bincount(Actions(8, -2.0, 2.0).kind(drawn), minlength=8)
     expected = 40_000 * 0.5 * density
     assert float(((count - expected) ** 2 / expected).sum()) < 30  # chi-square of 7 degrees: 1 in 10,000
+    # At the last decision nothing lies ahead: the density is that of exp(reward) over the bins, wherever one is.
+    last = torch.softmax(cost(torch.zeros(8, 1).double(), middle), 0)
+    found = policy.log_prob(state.expand(8, -1), middle, 3).exp() * 0.5
+    assert torch.allclose(found, last, atol=1e-10) and not torch.allclose(density * 0.5, last, atol=1e-2)
     within = (drawn[:, 0] + 2) % 0.5 / 0.5
     assert abs(float(within.mean()) - 0.5) < 4 / math.sqrt(12 * 40_000)
     # Actions at the bounds have the density of their bins, those beyond none; the base policy's is 1/4.

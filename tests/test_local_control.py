@@ -94,6 +94,13 @@ def test_a_policy_is_its_density_and_rewards_may_be_anything() -> None:
     mean = float(torch.trapezoid(density * grid, grid))
     assert abs(float(actions.mean()) - mean) < 4 * float(actions.std()) / math.sqrt(20_000)
     assert len(learner._seen) == 2
+    # Without rewards the policy is the base policy, its mean included.
+    idle = learner.update(lambda s, a: 0 * s[:, 0], 0).kernel
+    for found, base in zip(idle, learner.base, strict=True):
+        assert torch.allclose(found, base, atol=1e-6)
+    # Where a fit curves upwards more than the base policy's tails fall, it is flattened, and there still is a policy.
+    steep = learner.update(lambda s, a: 5 * a[:, 0].square().clamp_max(2.0), 0)
+    assert all(bool(x.isfinite().all()) for x in (*steep.kernel, *steep.values))
 
 
 def features(states: Tensor, actions: Tensor) -> Tensor:

@@ -305,3 +305,18 @@ def test_a_pool_mends_a_constant_that_is_known_badly() -> None:
     # Both are of the same law, whose constant is that of the one that knows it.
     assert abs(found - good.log_partition) < 0.01
     assert abs(found - float(pirl.log_partition(mdp, reward))) < 4 * good.standard_error + 0.01
+
+
+def test_runs_count_by_what_they_found() -> None:
+    # Small runs without guidance: some find much, some little, and Z-hat times the draws' mean stays unbiased.
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    blind = SoftPolicy(base.log_policy.expand(STEPS, -1, -1), torch.zeros(STEPS, mdp.num_states).double(), ())
+    generator = torch.Generator().manual_seed(9)
+    log_z, found = float(pirl.log_partition(mdp, 2 * reward)), []
+    expected = float((messages(mdp, 2 * reward).mu.sum(0) * 2 * reward).sum())
+    for _ in range(600):
+        drawn, proposal = tilt(simulator, blind, 2 * reward, 24, generator, base=base, num_runs=6)
+        found.append(math.exp(proposal.log_partition - log_z) * float(drawn.returns(2 * reward).mean()))
+    value = torch.tensor(found, dtype=torch.float64)
+    assert abs(float(value.mean()) - expected) < 4 * float(value.std()) / math.sqrt(len(value))
