@@ -101,6 +101,10 @@ class Pool:
         _ = pool.log_ratio
         return pool
 
+    def _of_each(self, name: str, default: float) -> Float[Tensor, " K"]:
+        """What laws that are no policies say of themselves."""
+        return self.log_base.new_tensor([getattr(policy, name, default) for policy in self.policies])
+
     def _under(self, law: Policy | WholeLaw, rollouts: Rollouts, log_base: Tensor) -> Tensor:
         """Log density of roll-outs under a law; that of the base measure is computed once for all."""
         if isinstance(law, WholeLaw) and getattr(law, "base", None) is self.base and self.base is not None:
@@ -156,24 +160,21 @@ class Pool:
         """What is added to each proposal's log normalising constant so that all samples agree; 0 for policies."""
 
         def compute() -> Tensor:
-            errors = [getattr(policy, "standard_error", 0.0) for policy in self.policies]
-            worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
-            return reconcile(self.log_densities, self.origin, self.log_base.new_tensor(errors), worth)
+            errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
+            return reconcile(self.log_densities, self.origin, errors, worth)
 
         return self._remember(("constants",), None, compute)
 
     @property
     def efficiency(self) -> float:
         """Independent draws that a sample counts for on average: 1, or less where particles share ancestors."""
-        worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
-        return float(worth[self.origin].mean())
+        return float(self._of_each("efficiency", 1.0)[self.origin].mean())
 
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
         """log Z-hat and its diagnostics, in which particles that share ancestors count for less than one sample."""
         found, share = importance(log_weights), log_weights.detach().softmax(-1)
-        worth = self.log_base.new_tensor([getattr(policy, "efficiency", 1.0) for policy in self.policies])
+        errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
         ess = 1 / (share.square() / worth[self.origin]).sum(-1)
-        errors = self.log_base.new_tensor([getattr(policy, "standard_error", 0.0) for policy in self.policies])
         # The constants' own errors, of those proposals that carry the weight.
         carried = torch.zeros(*share.shape[:-1], len(errors), dtype=share.dtype, device=share.device)
         carried = carried.index_add(-1, self.origin, share)

@@ -267,16 +267,16 @@ def log_base_measure(
 class BaseMeasure:
     """A base measure over actions that need not be normalised, such as the counting measure.
 
-    Roll-outs that follow it are drawn from its normalised form, :func:`base_policy`; as the base of a
+    Roll-outs that follow it are drawn from its normalised form, ``policy``; as the base of a
     :class:`pirl.Pool` it weighs trajectories by what it is.
     """
 
     def __init__(self, log_prior: Float[Tensor, "S A"]) -> None:
-        self.log_prior, self._policy = log_prior, TabularPolicy(torch.log_softmax(log_prior, -1))
+        self.log_prior, self.policy = log_prior, TabularPolicy(torch.log_softmax(log_prior, -1))
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n]``."""
-        return self._policy.sample(states, step, generator)
+        return self.policy.sample(states, step, generator)
 
     def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Float[Tensor, " n"]:
         """log p(a|s), as given."""

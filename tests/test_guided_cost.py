@@ -237,7 +237,7 @@ def test_a_simulator_that_fails_leaves_the_pool_as_it_was() -> None:
             return super().step(states, actions, generator)
 
     with pytest.raises(SimulatorError, match="the cable came off"):
-        guided_cost(demos, Breaks(mdp), features, num_rollouts=10)
+        guided_cost(demos, Breaks(mdp), features, num_rollouts=100)
     base = base_policy(mdp)
     pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 10), base, base)
     before = pool.log_ratio.clone()

@@ -18,7 +18,7 @@ from pirl.particles import ValuedPolicy, tilt
 from pirl.pool import Features, Pool
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
-from pirl.simulators import BaseMeasure, Policy, TabularPolicy, roll_out
+from pirl.simulators import BaseMeasure, Policy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
@@ -61,7 +61,7 @@ class World:
     def begin(self, num_rollouts: int) -> slice:
         """Fill the pool with roll-outs of the base policy."""
         measure = self.base
-        plain = TabularPolicy(torch.log_softmax(measure.log_prior, -1)) if isinstance(measure, BaseMeasure) else measure
+        plain = measure.policy if isinstance(measure, BaseMeasure) else measure
         rollouts = roll_out(self.simulator, plain, num_rollouts, self.generator)
         self.steps += int(rollouts.lengths.sum())
         self.pool = Pool.of(rollouts, plain, measure)

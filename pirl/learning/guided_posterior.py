@@ -25,7 +25,7 @@ from pirl.partition import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
-from pirl.simulators import BaseMeasure, Generator, Policy, TabularPolicy, roll_out
+from pirl.simulators import BaseMeasure, Generator, Policy, roll_out
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
 if TYPE_CHECKING:
@@ -154,27 +154,28 @@ def guided_pool(
         base = BaseMeasure(simulators[0].log_prior)
     if policy_step is None:
         policy_step = _policy_step(simulators[0], base, num_rollouts)
-    plain = TabularPolicy(torch.log_softmax(base.log_prior, -1)) if isinstance(base, BaseMeasure) else base
+    plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
         pool.check_support(group.states, group.actions, group.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
     near = _near_samples(model)
-    given = (demos, pools if several else pools[0], *args)
-    for reward in prior_rewards(model, *given, num_draws=num_policies, seed=seed, dtype=pools[0].dtype):
-        policy = policy_step(reward, generator)
-        pools = [
-            _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
-            for pool, each in zip(pools, simulators, strict=True)
-        ]
+
+    def given() -> tuple[Any, ...]:
+        return demos, pools if several else pools[0], *args
+
+    rewards = prior_rewards(model, *given(), num_draws=num_policies, seed=seed, dtype=pools[0].dtype)
     for number in range(num_rounds):
-        given = (demos, pools if several else pools[0], *args)
+        for reward in rewards:
+            policy = policy_step(reward, generator)
+            pools = [
+                _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
+                for pool, each in zip(pools, simulators, strict=True)
+            ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-            posterior = _guide(near, given, guide, seed + number, quick)
-        if "partition_trusted" not in posterior.attrs:
-            raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
+            posterior = _guide(near, given(), guide, seed + number, quick)
         trusted = posterior.attrs["partition_trusted"] == "True"
         history.append(
             {
@@ -189,12 +190,7 @@ def guided_pool(
         need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
         if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
             break
-        for reward in sampled_rewards(posterior, model, *given, num_draws=num_policies, seed=seed + number):
-            policy = policy_step(reward, generator)
-            pools = [
-                _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
-                for pool, each in zip(pools, simulators, strict=True)
-            ]
+        rewards = sampled_rewards(posterior, model, *given(), num_draws=num_policies, seed=seed + number)
     return GuidedPool(pools if several else pools[0], history)
 
 
