@@ -13,6 +13,8 @@ and, where they help,
   ``{"label": "Rust (1987)", "values": {"RC": 10.075}, "standard_errors": {"RC": 1.582}}``. Values have the shape of the
   parameter; standard errors may be missing;
 - ``truth(...)``, which returns the true reward ``[S, A]`` or ``[S, 1]`` where it is known, for comparisons;
+- ``draw_data(parameters, arguments)``, which draws the data anew, where the model cannot say them forwards: from latent
+  sites by name and the model's arguments by name, a dict of those arguments that are data;
 - ``dims``, a dict from arguments to the names of their dims;
 - ``labels``, a dict from parameters to words and units for figures;
 - ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
@@ -34,11 +36,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pirl.calibrate import calibrate
 from pirl.errors import OptionError
 from pirl.fit import fit
+from pirl.replicates import DrawData
 
 if TYPE_CHECKING:
     import xarray
+
+_SIZES = {
+    "engine",
+    "num_chains",
+    "num_warmup",
+    "num_samples",
+    "num_prior",
+    "num_posterior_predictive",
+    "log_likelihood",
+}
+"""What :func:`pirl.calibrate` decides for itself, since it needs few draws of each of many posteriors."""
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -54,6 +69,7 @@ class ModelFile:
     coords: Callable[..., Mapping[str, Any]] | None = None
     reference: Callable[..., Mapping[str, Any] | None] | None = None
     truth: Callable[..., Any] | None = None
+    draw_data: DrawData | None = None
     dims: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +98,7 @@ class ModelFile:
                 raise OptionError(
                     f"{path} has no function {needed}(...): a model file defines model(...) and load(...)"
                 )
-        names = ("model", "load", "coords", "reference", "truth", "dims", "labels", "defaults")
+        names = ("model", "load", "coords", "reference", "truth", "draw_data", "dims", "labels", "defaults")
         found = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
         return cls(path, title=(module.__doc__ or path.stem).strip().splitlines()[0], **found)
 
@@ -140,9 +156,7 @@ class ModelFile:
         """
         loaded = self.arguments(options) if loaded is None else loaded
         known = {**options, **loaded}
-        engine = arguments.get("engine", self.defaults.get("engine", "chees"))
-        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
-        own |= self.defaults.get(engine, {})
+        engine, own = self.suited(arguments.get("engine"))
         coords = _called(self.coords, known) or {}
         reference = _called(self.reference, known)
         posterior = fit(
@@ -159,6 +173,27 @@ class ModelFile:
             if name in posterior["posterior"]:
                 posterior["posterior"][name].attrs["long_name"] = label
         return posterior
+
+    def suited(self, engine: str | None) -> tuple[str, dict[str, Any]]:
+        """The engine, unless given, and the arguments that suit the model with it."""
+        engine = engine or self.defaults.get("engine", "chees")
+        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
+        return engine, own | dict(self.defaults.get(engine, {}))
+
+    def calibrate(self, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> xarray.DataTree | None:
+        """Load, and study the calibration of the model with its demonstrations' plan.
+
+        None in a process of several that does not lead them.
+        """
+        loaded = self.arguments(options)
+        engine, own = self.suited(arguments.get("engine"))
+        own = {name: value for name, value in own.items() if name not in _SIZES}
+        coords = _called(self.coords, {**options, **loaded}) or {}
+        kept = {"draw_data": self.draw_data, "dims": self.dims, "coords": coords, **own, **arguments, "engine": engine}
+        study = calibrate(self.model, model_kwargs=loaded, **kept)
+        if study is not None:
+            study.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
+        return study
 
 
 def _called(function: Callable[..., Any] | None, known: Mapping[str, Any]) -> Any:

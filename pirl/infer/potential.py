@@ -72,7 +72,7 @@ def _base(fn: Any) -> Any:
     return fn
 
 
-def _kind(message: Mapping[str, Any]) -> str:
+def kind_of(message: Mapping[str, Any]) -> str:
     """Sort a sample message into the kinds of :class:`Site`, and "plate" for the index of a plate."""
     if isinstance(message["fn"], _Subsample):
         return "plate"
@@ -145,7 +145,7 @@ class _Evaluate(Messenger):
     def _postprocess_message(self, message: Any) -> None:
         if message["type"] != "sample":
             return
-        kind, name = _kind(message), message["name"]
+        kind, name = kind_of(message), message["name"]
         if kind == "latent":
             self.log_prior = self.log_prior + _total(message)
         elif kind in ("observed", "factor"):
@@ -167,7 +167,7 @@ class _Simulate(Messenger):
         self.drawn: Values = {}
 
     def _process_message(self, message: Any) -> None:
-        if message["type"] != "sample" or (kind := _kind(message)) in ("plate", "deterministic", "factor"):
+        if message["type"] != "sample" or (kind := kind_of(message)) in ("plate", "deterministic", "factor"):
             return
         if kind == "observed":
             message["value"], message["is_observed"] = None, False
@@ -175,7 +175,7 @@ class _Simulate(Messenger):
             message["value"], message["done"] = self.values[message["name"]], True
 
     def _postprocess_message(self, message: Any) -> None:
-        if message["type"] == "sample" and _kind(message) in ("latent", "deterministic"):
+        if message["type"] == "sample" and kind_of(message) in ("latent", "deterministic"):
             self.drawn[message["name"]] = message["value"]
 
 
@@ -223,11 +223,15 @@ class Potential:
         return torch.as_tensor(evaluation.log_prior), torch.as_tensor(evaluation.log_likelihood)
 
     def replay(self, values: Mapping[str, Tensor], unconstrained: bool = True) -> dict[str, Values]:
-        """Report one draw: groups "posterior", "log_prior", "log_likelihood", and "stats" with the log density "lp"."""
+        """Report one draw: groups "posterior", "log_prior", "log_likelihood", and "stats".
+
+        The statistics are the log density "lp", and "log_likelihood", what of it is not the prior's: factors, too.
+        """
         with self._whole(), _Evaluate(values, unconstrained, record=True) as evaluation:
             self.model(*self.args, **self.kwargs)
         assert evaluation.record is not None
-        return {**evaluation.record, "stats": {"lp": torch.as_tensor(evaluation.log_prior + evaluation.log_likelihood)}}
+        whole = {"lp": evaluation.log_prior + evaluation.log_likelihood, "log_likelihood": evaluation.log_likelihood}
+        return {**evaluation.record, "stats": {name: torch.as_tensor(value) for name, value in whole.items()}}
 
     def simulate(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Values:
         """Run the model forwards with some latent sites given; values of all sites, the observed ones drawn anew."""
@@ -363,7 +367,7 @@ def _survey_once(
         ) from error
     sites = {}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or (kind := _kind(node)) == "plate":
+        if node["type"] != "sample" or (kind := kind_of(node)) == "plate":
             continue
         fn, value = node["fn"], node["value"]
         dims = node["infer"].get("dims", getattr(fn, "event_dim_names", ()))
@@ -397,7 +401,7 @@ def _refuse(trace: pyro.poutine.Trace, subsampling: bool) -> tuple[list[str], li
                 )
         if node["type"] != "sample":
             continue
-        fn, kind = node["fn"], _kind(node)
+        fn, kind = node["fn"], kind_of(node)
         if "/" in name:
             raise ModelError(f"the name of site {name!r} contains '/', which separates groups in the result: rename it")
         if kind == "plate":
