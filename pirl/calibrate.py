@@ -89,7 +89,8 @@ def calibrate(
         quantities: further test quantities by name: functions of (draws of latent and deterministic sites
             ``[draw, *shape]`` by name, data by site) that return a tensor ``[draw, *any]``.
         draw_data: for models that cannot say their data forwards (a ``pyro.factor``): a function of (latent sites,
-            named arguments) which returns those arguments that are data, drawn with torch's default generator.
+            named arguments) which returns those arguments that are data, drawn with torch's default generator. It may
+            also say that the world is not as the model thinks.
         coords, dims: labels, and names of dims of sites and quantities, as in :func:`pirl.fit`.
         seed: reproduces every replicate by its number.
         device, dtype: move the arguments there first.

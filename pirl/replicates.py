@@ -31,7 +31,7 @@ Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 """(draws of latent and deterministic sites ``[D, *shape]``, data by site) -> ``[D, *any]``."""
 
 DrawData = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
-"""(latent sites, named arguments of the model) -> those arguments that are data, drawn anew with torch's generator."""
+"""(latent sites, named arguments of the model, nothing observed) -> those that are data, drawn by torch's generator."""
 
 LOG_LIKELIHOOD, RETURN_GAP = "log_likelihood", "return_gap"
 
@@ -102,7 +102,9 @@ class Study:
     ) -> None:
         self.model, self.draw_data, self.seed = model, draw_data, seed
         self.quantities = dict(quantities or {})
-        self.args, self.kwargs = setting.unobserved()
+        # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
+        self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
+        self.plan = bound(model, *setting.unobserved())
 
     def draw(self, number: int) -> Truth:
         """Parameters and data of a replicate, the same for the same number.
@@ -139,8 +141,7 @@ class Study:
             else:
                 latent[name] = node["value"]
         if self.draw_data is not None:
-            own = bound(self.model, self.args, self.kwargs)
-            return Truth(latent, {}, dict(self.draw_data(latent, own)), refused)
+            return Truth(latent, {}, dict(self.draw_data(latent, self.plan)), refused)
         if not data:
             raise ModelError("the model observes nothing, so that there are no data to simulate: give draw_data=")
         return Truth(latent, data, {}, refused)

@@ -127,10 +127,10 @@ def test_arviz_draws_it_and_so_does_pirl(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     found = study(monkeypatch, exact(width=0.5), num_replicates=100)
     plot_ecdf_pit(found, backend="none")
-    for draw in (plot_ranks, plot_recovery):
+    for draw, panels in ((plot_ranks, 2), (plot_recovery, 1)):
         figure = draw(found)
         figure.savefig(tmp_path / "figure.png")
-        assert len(figure.axes) == 2
+        assert len(figure.axes) == panels
     titles = [ax.get_title() for ax in plot_ranks(found).axes]
     assert titles[0] == "mu (leaves the band)"
 
@@ -167,6 +167,19 @@ def test_what_cannot_be_simulated_is_refused() -> None:
 
     def draw_data(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
         return {"data": parameters["mu"] + 0.5**0.5 * torch.randn_like(arguments["data"])}
+
+    # Demonstrations reach draw_data as a plan: as long as they were to be watched, not as they were.
+    def planned(demos: pirl.Trajectories) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        assert demos.as_tensor() is not None
+        pyro.factor("likelihood", mu * demos.as_tensor()[0, 0, 0])
+
+    def redraw(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+        assert arguments["demos"].as_tensor() is None and arguments["demos"].lengths.tolist() == [5]
+        return {"demos": pirl.Trajectories([[0]], [[0]])}
+
+    short = pirl.Trajectories([[0]], [[0]], limits=[5])
+    assert Study(planned, Setting.of((short,), {}), draw_data=redraw).draw(0).arguments["demos"] is not None
 
     found = pirl.calibrate(factored, DATA, engine="laplace", num_replicates=60, draw_data=draw_data, progress=False)
     assert is_calibrated(found)  # exp(-(mu - x)^2) is a normal density of variance 1/2

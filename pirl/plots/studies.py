@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pirl.convergence import element_names
 from pirl.errors import OptionError
 from pirl.plots.style import BLUE, ORANGE, new_figure
+from pirl.replicates import LOG_LIKELIHOOD
 from pirl.uniformity import band, shares_below
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
     Raises:
         OptionError: there are more than 24 elements.
     """
-    truths = _elements(study, "prior")
+    truths = {name: truth for name, truth in _elements(study, "prior").items() if name != LOG_LIKELIHOOD}
     recovery = {name: _elements(study, "recovery", name) for name in ("mean", "q5", "q95")}
     figure, panels = _panels(list(truths))
     for ax, (name, truth) in zip(panels, truths.items(), strict=True):
@@ -78,7 +79,7 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
         ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
         flat = truth.std() == 0 or recovery["mean"][name].std() == 0
         r = np.nan if flat else np.corrcoef(truth, recovery["mean"][name])[0, 1]
-        ax.set_title(f"{name}: r = {r:.2f}, {1 - missed.mean():.0%} covered", fontsize="medium")
+        ax.set_title(f"{name} (r = {r:.2f})", fontsize="medium")
     figure.supxlabel("truth", fontsize="medium")
     figure.supylabel("posterior mean, 90% interval", fontsize="medium")
     figure.suptitle(_title(study), fontsize="medium")
@@ -109,4 +110,4 @@ def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
 
 def _title(study: xarray.DataTree) -> str:
     count = study.attrs["num_replicates"]
-    return f"{study.attrs.get('title', study.attrs['model'])}: {count} replicates, engine {study.attrs['engine']}"
+    return f"{study.attrs.get('title', study.attrs['model'])}\n{count} replicates, engine {study.attrs['engine']}"
