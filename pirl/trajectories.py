@@ -72,7 +72,8 @@ class Trajectories:
         subjects: Any = None,
         subject_names: Sequence[str] | None = None,
     ) -> None:
-        listed = zip(states, actions, strict=False) if isinstance(states, (list, tuple)) and lengths is None else ()
+        both_listed = isinstance(states, (list, tuple)) and isinstance(actions, (list, tuple))
+        listed = zip(states, actions, strict=False) if both_listed and lengths is None else ()
         states, actions = _integers(states, "states"), _integers(actions, "actions")
         for episode, (visited, acted) in enumerate(listed):
             if len(visited) - len(acted) not in (0, 1):
@@ -467,8 +468,10 @@ def _vector(x: Any, name: str, dims: int = 1, device: torch.device | None = None
         raise InvalidTrajectoriesError(f"{name} cannot be read as whole numbers") from None
     if tensor.numel() == 0:
         tensor = tensor.to(torch.long)
-    if tensor.is_floating_point() and bool((tensor == tensor.round()).all()):
-        tensor = tensor.to(torch.long)  # a data frame with missing entries turns whole numbers into floats
+    # A data frame with missing entries turns whole numbers into floats. What is infinite, or too large to be told from
+    # its neighbours, is no whole number, and would become a negative one.
+    if tensor.is_floating_point() and bool(((tensor == tensor.round()) & (tensor.abs() < 2**53)).all()):
+        tensor = tensor.to(torch.long)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.dim() != dims:
         raise InvalidTrajectoriesError(
             f"{name} must be whole numbers with {dims} dimension(s), not {tensor.dtype} {tuple(tensor.shape)}"

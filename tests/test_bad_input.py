@@ -201,6 +201,9 @@ def test_an_action_in_a_terminal_state_is_refused() -> None:
     [
         ([[0.5, 1.0]], [[1, 1]], r"states\[0\] must be whole numbers"),
         ([[0, 1]], [[math.nan, 1.0]], r"actions\[0\] must be whole numbers"),
+        ([[0, 1]], [[1.0, math.inf]], r"actions\[0\] must be whole numbers"),  # no end of the episode
+        ([[0, 1e300]], [[1, 1]], r"states\[0\] must be whole numbers"),
+        ([[0, 1]], 3.5, "actions must be whole numbers"),
         ([["a", "b"]], [[1, 1]], r"states\[0\] cannot be read"),
         ([[True, False]], [[1, 1]], r"states\[0\] must be whole numbers"),
         (torch.zeros(1, 2, 3), torch.zeros(1, 2), "states must be whole numbers with 2 dimension"),
