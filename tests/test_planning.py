@@ -229,6 +229,14 @@ def test_ties_go_to_the_action_of_the_lowest_number(options: dict) -> None:
     assert bool((optimal_policy(twins, reward).policy[..., 1] == 0).all())
 
 
+def test_where_all_actions_tie_the_value_is_exact() -> None:
+    """Three of them: a third is no number of a shorter type."""
+    mdp = TabularMDP(torch.ones(1, 3, 1, dtype=torch.float64), 0, discount=0.3)
+    assert optimal_policy(mdp, torch.full((1, 3), 0.25, dtype=torch.float64)).value.item() == pytest.approx(
+        0.25 / 0.7, rel=1e-15
+    )
+
+
 def test_a_shift_by_a_potential_leaves_the_optimal_policy() -> None:
     mdp = oracle.random_mdp(1, states=4, actions=3, discount=0.95)
     reward, potential = normal(4, 3), normal(4, seed=1)
