@@ -27,6 +27,7 @@ from pirl.errors import (
     InvalidMDPError,
     InvalidRewardError,
     InvalidTrajectoriesError,
+    ModelError,
     NonFiniteError,
     PirlError,
     RewardTimingError,
@@ -534,6 +535,24 @@ def test_a_density_that_is_never_finite_names_the_site() -> None:
 
     with pytest.raises(NonFiniteError, match="site 'seen' is -inf"):
         small_fit(broken)
+
+
+def test_a_factor_that_is_never_finite_is_named() -> None:
+    def broken() -> None:
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+        pyro.factor("trap", torch.tensor(-torch.inf))
+
+    with pytest.raises(NonFiniteError, match="site 'trap' is -inf"):
+        small_fit(broken)
+
+
+def test_two_sites_of_one_name_are_refused() -> None:
+    def twice() -> None:
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ModelError, match="sites named 'weight'"):
+        small_fit(twice)
 
 
 def test_chains_that_are_all_stuck_name_the_site() -> None:
