@@ -291,14 +291,22 @@ class Trajectories:
             )
         has_subject = subject is not None and subject in data.columns
         keys = [subject, episode] if has_subject else [episode]
-        for name in (*keys, t, state):
-            if data[name].isna().any():
+        for name in (*keys, t, state, action):
+            if list(data.columns).count(name) > 1:
+                raise InvalidTrajectoriesError(f"the data frame has several columns {name!r}")
+            if name != action and data[name].isna().any():
                 raise InvalidTrajectoriesError(f"column {name!r} has missing entries; only a last action may be")
+        try:
+            groups = [(key, rows.sort_values(t)) for key, rows in data.groupby(keys, sort=True, observed=True)]
+            twice = [key for key, rows in groups if rows[t].duplicated().any()]
+        except TypeError as error:
+            raise InvalidTrajectoriesError(
+                f"columns {', '.join(map(str, (*keys, t)))} cannot be put in order: {error}"
+            ) from None
+        if twice:
+            raise InvalidTrajectoriesError(f"episode {twice[0]} has two rows with the same {t!r}")
         states, actions, owners = [], [], []
-        for key, rows in data.groupby(keys, sort=True):
-            rows = rows.sort_values(t)
-            if rows[t].duplicated().any():
-                raise InvalidTrajectoriesError(f"episode {key} has two rows with the same {t!r}")
+        for key, rows in groups:
             if rows[t].dtype.kind in "iu" and (rows[t].diff().iloc[1:] != 1).any():
                 place = int((rows[t].diff().iloc[1:] != 1).to_numpy().argmax())
                 raise InvalidTrajectoriesError(
