@@ -50,12 +50,13 @@ def _rows(mdp: Dynamics, reward: Tensor) -> tuple[Float[Tensor, "S A C"], torch.
 
 
 def _finite_reward(mdp: Dynamics, reward: Tensor) -> Float[Tensor, "*batch S A"]:
-    reward = mdp.check_reward(reward)
-    bad = ~reward.isfinite() & mdp.log_prior.isfinite()
+    """What cannot be chosen may have any reward, and counts as 0."""
+    reward, allowed = mdp.check_reward(reward), mdp.log_prior.isfinite()
+    bad = ~reward.isfinite() & allowed
     if bool(bad.any()):
         *_, state, action = bad.nonzero()[0].tolist()
         raise InvalidRewardError(f"reward of state {state}, action {action} is NaN or infinite")
-    return reward
+    return torch.where(allowed, reward, 0.0)
 
 
 def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
