@@ -45,6 +45,7 @@ _MOUSE_ARRAYS = ("states", "actions", "train_idx", "val_idx")
 # What stands above a bus's odometer readings.
 _HEADER_ROWS = 11
 _REPLACEMENT_ROWS = (5, 8)
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,9 +305,10 @@ def _read_matrix(path: Path, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64
         raise DataError(
             f"{path} has {len(matrix)} rows: a bus has {_HEADER_ROWS} of description and two or more odometer readings"
         )
-    if not (np.isfinite(matrix).all() and (matrix >= 0).all() and (matrix == np.rint(matrix)).all()):
+    if not ((matrix >= 0).all() and (matrix < _LARGEST).all() and (matrix == np.rint(matrix)).all()):
         raise DataError(
-            f"{path} holds a number that is negative, fractional or not finite: all are counts, years or miles"
+            f"{path} holds a number that is negative, fractional, not finite or above {_LARGEST:.0e}: "
+            "all are counts, years or miles"
         )
     return matrix.astype(np.int64)
 
