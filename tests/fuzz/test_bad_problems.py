@@ -169,7 +169,7 @@ def test_demonstrations_that_are_no_whole_numbers_or_do_not_fit(data: st.DataObj
 
 
 @given(st.data())
-@cases(20, 800)
+@cases(60, 800)
 def test_demonstrations_that_cannot_be_name_trajectory_and_step(data: st.DataObject) -> None:
     """And those that can be, however they came about, have a density."""
     problem = data.draw(problems(paths=None))
