@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 INTERRUPTED = 130
 
+LONGEST_NAME, LONGEST_FOLDER = 230, 3000
+"""Bytes; a little less than file systems take, for the name that a file has while it is written."""
+
 
 class _Commands(TyperGroup):
     """Errors of use become one line on stderr and exit status 2; any other error is a bug and keeps its traceback."""
@@ -157,7 +160,7 @@ def plot_command(
     out: Annotated[Path | None, typer.Option(metavar="POSTERIOR.png", help="By default beside the posterior.")] = None,
 ) -> None:
     """Draw the posterior distributions of a posterior file, with reference values."""
-    target = out or posterior.with_suffix(".png")
+    target = out or (posterior.with_suffix(".png") if posterior.name else Path("posterior.png"))
     _check_output(target, PLOT_FORMATS)
     _write_plot(read_posterior(posterior), target)
     print(f"wrote {target}")
@@ -315,6 +318,10 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     if path is None:
         return
     folder = path.parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME or len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise OptionError(f"{str(path)[:60]}... cannot be written: its name is too long")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device would be replaced by a file
+        raise OptionError(f"{path} cannot be written: it is no ordinary file; name another")
     if not folder.is_dir():
         raise OptionError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if path.is_dir() or not os.access(folder, os.W_OK):
@@ -359,7 +366,7 @@ def read_posterior(path: Path) -> xarray.DataTree:
     try:
         with xarray.open_datatree(path, engine="h5netcdf") as tree:
             posterior = tree.load()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError):
+    except Exception:  # whatever the parts of HDF5 and xarray say of what is damaged
         raise PosteriorFileError(
             f"{path} is damaged, or not a netCDF file: give one that `pirl fit --out` wrote"
         ) from None

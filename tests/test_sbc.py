@@ -56,21 +56,19 @@ def plan(mdp: pirl.TabularMDP) -> pirl.Trajectories:
     return pirl.Trajectories(table[..., 0], table[:, :-1, 1], (table[..., 1] >= 0).sum(1), limits=lengths)
 
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "chees": {"num_replicates": 100, "num_chains": 16, "num_warmup": 100, "num_samples": 25},
-    "nuts": {"num_replicates": 25, "num_warmup": 100, "num_samples": 100},
-    "smc": {"num_replicates": 40, "num_samples": 200},
-}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("chees", "causal", {"num_replicates": 60, "num_chains": 8, "num_warmup": 80, "num_samples": 30}),
+    ("chees", "trajectory", {"num_replicates": 60, "num_chains": 8, "num_warmup": 80, "num_samples": 30}),
+    ("nuts", "trajectory", {"num_replicates": 10, "num_warmup": 60, "num_samples": 80}),
+    ("smc", "causal", {"num_replicates": 15, "num_samples": 120}),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reading", ["causal", "trajectory"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engines_are_calibrated(engine: str, reading: str) -> None:
+@pytest.mark.parametrize(("engine", "reading", "sizes"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_engines_are_calibrated(engine: str, reading: str, sizes: dict[str, Any]) -> None:
     mdp = corridor()
-    study = pirl.calibrate(
-        model, plan(mdp), mdp, reading, engine=engine, num_draws=39, seed=2, progress=False, **ENGINES[engine]
-    )
+    study = pirl.calibrate(model, plan(mdp), mdp, reading, engine=engine, num_draws=39, seed=2, progress=False, **sizes)
     table = verdicts(study)
     assert list(table.index) == ["weights[0]", "weights[1]", "log_likelihood", "return_gap"]
     assert not study["sample_stats"]["failed"].values.any()

@@ -127,6 +127,7 @@ class _Evaluate(Messenger):
         self.log_prior: Tensor | float = 0.0
         self.log_likelihood: Tensor | float = 0.0
         self.record: dict[str, Values] | None = None
+        self.factors: Values = {}
         if record:
             self.record = {"posterior": {}, "log_prior": {}, "log_likelihood": {}}
 
@@ -152,6 +153,8 @@ class _Evaluate(Messenger):
             self.log_likelihood = self.log_likelihood + _total(message)
         if self.record is None:
             return
+        if kind == "factor":
+            self.factors[name] = _pointwise(message)
         if kind in ("latent", "deterministic"):
             self.record["posterior"][name] = message["value"]
         if kind in ("latent", "observed"):
@@ -308,10 +311,11 @@ class Potential:
 
     def culprit(self, z: Mapping[str, Tensor]) -> str:
         """Say in words which site makes the log density or its gradient at ``z`` not finite, or steepest."""
-        with torch.no_grad():
-            groups = self.replay(z)
-        for group in ("log_prior", "log_likelihood"):
-            for name, value in groups[group].items():
+        with torch.no_grad(), self._whole(), _Evaluate(z, unconstrained=True, record=True) as evaluation:
+            self.model(*self.args, **self.kwargs)
+        assert evaluation.record is not None
+        for terms in (evaluation.record["log_prior"], evaluation.record["log_likelihood"], evaluation.factors):
+            for name, value in terms.items():
                 if not torch.isfinite(value).all():
                     return f"the log density of site {name!r} is {float(value.sum())}"
         _, slopes = self.gradient(z)
@@ -360,7 +364,7 @@ def _survey_once(
             if isinstance(reason, PirlError):
                 raise reason from None
             reason = reason.__cause__ or reason.__context__
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise
         raise ModelError(
             f"the model cannot be evaluated at a draw from its prior: {str(error).splitlines()[0]}"
