@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -220,7 +220,8 @@ def _partition_quality(
         "partition_ess": float(estimate.ess.quantile(0.05)),
         "partition_pareto_k": float(estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0).quantile(0.95)),
         "partition_standard_error": float(estimate.standard_error.quantile(0.95)),
-        "partition_trusted": str(reason is None),
+        "partition_trusted": int(reason is None),
+        **({} if reason is None else {"partition_problem": reason}),
     }
 
 
@@ -230,7 +231,7 @@ def engine_options(run: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(run).parameters if name not in common]
 
 
-def check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def check_options(engine: str, run: Callable[..., Any], options: Iterable[str]) -> None:
     """Refuse options that an engine does not have.
 
     Raises:

@@ -112,14 +112,23 @@ class Rollouts(NamedTuple):
     def returns(self, reward: Float[Tensor, "*batch S A"]) -> Float[Tensor, "*batch num"]:
         """sum_t r(s_t, a_t) of each episode, the no-op of a terminal state included; differentiable in r.
 
+        Args:
+            reward: r(s, a), or r(s) as ``[*batch, S, 1]``.
+
         Raises:
-            InvalidRewardError: states are vectors, of which a table knows nothing.
+            InvalidRewardError: states are vectors, of which a table knows nothing; or the table is too small.
         """
         if self.states.is_floating_point() or self.actions.is_floating_point():
             raise InvalidRewardError(
                 "a table of rewards needs numbered states and actions: sum a function over pairs()"
             )
         states, actions, counted = self.pairs()
+        if reward.dim() < 2 or reward.shape[-2] <= int(states.max()) or 1 < reward.shape[-1] <= int(actions.max()):
+            raise InvalidRewardError(
+                f"a reward {tuple(reward.shape)} has no entry for every state and action of these roll-outs: it must "
+                "be [*batch, S, A], or [*batch, S, 1]"
+            )
+        reward = reward.expand(*reward.shape[:-1], max(reward.shape[-1], int(actions.max()) + 1))
         return (reward[..., states, actions] * counted).sum(-1)
 
     def trajectories(self) -> Trajectories:

@@ -159,7 +159,7 @@ def test_the_cart_pole_posterior_finds_the_costs_of_its_own_demonstrators(monkey
         cartpole.model, **given, num_chains=8, num_warmup=100, num_samples=100, progress=False, num_prior=0,
         num_posterior_predictive=0, log_likelihood=False,
     )  # fmt: skip
-    assert posterior.posterior.attrs["partition_trusted"] == "True"
+    assert posterior.posterior.attrs["partition_trusted"] == 1
     for name, true in cartpole.COSTS.items():
         draws = posterior.posterior[name].values
         low, high = np.quantile(draws, [0.001, 0.999])
@@ -181,7 +181,7 @@ def test_the_pendulums_posterior_runs_with_a_pool_for_each_start(monkeypatch: py
     )  # fmt: skip
     # Each pool explains one demonstration, and is asked for the samples of one.
     assert posterior.posterior.attrs["partition_demonstrations"] == 1
-    assert posterior.posterior.attrs["partition_trusted"] == "True"
+    assert posterior.posterior.attrs["partition_trusted"] == 1
     assert float(posterior.posterior["log_angle_cost"].std()) < 1.8
 
 

@@ -150,7 +150,7 @@ FEW = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 def test_bayesian_guided_cost_agrees_with_exact_dynamics() -> None:
     mdp, features, demos = problem(0.1, num=30)
     found = bayesian_guided_cost(model, demos, TabularSimulator(mdp), features, num_rollouts=1000, **CHAINS, **FEW)
-    assert found.posterior.attrs["partition_trusted"] == "True" and found.history[-1]["trusted"]
+    assert found.posterior.attrs["partition_trusted"] == 1 and found.history[-1]["trusted"]
     assert len(found.history) > 1 and len(found.pool) == found.posterior.attrs["partition_samples"]
     exact = pirl.fit(exact_model, demos, mdp, features, **CHAINS, **FEW)
     a, b = (x.posterior["weights"].values.reshape(-1, 3) for x in (found.posterior, exact))
@@ -301,3 +301,15 @@ def test_vectors_reach_maximum_likelihood_too() -> None:
         guided_cost(tabular, TabularSimulator(mdp), features, base=base_policy(mdp))
     with pytest.raises(OptionError, match="vectors"):
         pirl.compare({"puck": found}, tabular, mdp)
+
+
+@pytest.mark.parametrize("wrong", [{"engine": "hmc"}, {"guide": "nuts"}, {"num_rollout": 5}])
+def test_wrong_options_are_refused_before_the_first_roll_out(wrong: dict[str, Any]) -> None:
+    mdp, features, demos = problem(0.0, num=5)
+
+    class Untouched(TabularSimulator):
+        def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+            raise AssertionError("was played")
+
+    with pytest.raises(OptionError, match=str(*wrong.values()) if "num_rollout" not in wrong else "num_rollout"):
+        bayesian_guided_cost(model, demos, Untouched(mdp), features, progress=False, **wrong)

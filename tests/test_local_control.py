@@ -127,7 +127,7 @@ def test_bayesian_guided_cost_agrees_with_the_exact_posterior() -> None:
         sampled_model, demos, dynamics, base=dynamics.base_policy, num_rollouts=2000, seed=0, **few
     )
     exact = pirl.fit(puck.model, table, dynamics, **few)
-    assert found.posterior.attrs["partition_trusted"] == "True"
+    assert found.posterior.attrs["partition_trusted"] == 1
     # What the pool cannot know, sqrt(M / ESS) of a standard deviation, and what the draws cannot.
     pool_error = math.sqrt(len(demos) / found.posterior.attrs["partition_ess"])
     for name in puck.TRUE_COSTS:

@@ -16,6 +16,7 @@ from torch import Tensor
 import pirl
 from pirl.continuous import ContinuousTrajectories
 from pirl.datasets import simulate
+from pirl.diagnose import verdict
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import DataError, HorizonError, InvalidRewardError, InvalidTrajectoriesError, PartitionError
 from pirl.pool import Pool
@@ -134,7 +135,7 @@ def test_the_posterior_is_the_exact_one_where_the_gate_holds() -> None:
     found = pirl.fit(model, demos, pool, features, num_posterior_predictive=8, **options)
     exact = pirl.fit(exact_model, demos, mdp, features, num_posterior_predictive=0, **options)
     assert found.attrs["partition_estimator"].startswith("importance sampling")
-    assert found.attrs["partition_trusted"] == "True" and found.attrs["partition_ess"] > 1_000
+    assert found.attrs["partition_trusted"] == 1 and found.attrs["partition_ess"] > 1_000
     assert found["posterior_predictive"]["trajectories"].shape[-3:] == (10, STEPS + 1, 2)
     a, b = (x.posterior["weights"].values.reshape(-1, 2) for x in (found, exact))
     spread = b.std(0)
@@ -149,7 +150,11 @@ def test_a_poor_pool_is_told() -> None:
     with pytest.warns(pirl.errors.ConvergenceWarning, match="effective samples of 60 for 30 demonstrations"):
         found = pirl.fit(model, demos, sampled(mdp, None, 60), features, engine="laplace", num_samples=50,
                          progress=False, num_prior=0, num_posterior_predictive=0)  # fmt: skip
-    assert found.attrs["partition_trusted"] == "False"
+    assert found.attrs["partition_trusted"] == 0 and not bool(found.attrs["partition_trusted"])
+    # The warning is gone when the file is read again: the diagnosis must say it.
+    problems = {finding.kind: finding for finding in pirl.diagnose(found) if finding.severity == "problem"}
+    assert "effective samples of 60" in problems["partition"].what and "policies nearer" in problems["partition"].advice
+    assert "do not trust this yet" in verdict(found) and "partition" in verdict(found)
 
 
 # ------------------------------------------------------------------------------------------------- vectors as states
@@ -346,7 +351,7 @@ def test_a_network_with_priors_is_a_reward_for_every_engine(engine: str) -> None
         "net_0_weight", "net_0_bias", "net_2_weight", "net_2_bias"}  # fmt: skip
     assert set(posterior.posterior.data_vars) == sites
     assert all(np.isfinite(x.values).all() for x in posterior.posterior.data_vars.values())
-    assert posterior.posterior.attrs["partition_trusted"] == "False"
+    assert posterior.posterior.attrs["partition_trusted"] == 0
 
 
 def test_the_last_layer_alone_is_a_linear_reward() -> None:

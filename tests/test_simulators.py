@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import pirl
+import pirl.envs
 from pirl.distributions import MaxCausalEntTrajectory
 from pirl.errors import (
     HorizonError,
@@ -432,3 +433,13 @@ def test_gymnasium_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'pirl\[envs\]'"):
         GymSimulator("CartPole-v1")
+
+
+def test_returns_take_rewards_of_states_too() -> None:
+    mdp = pirl.envs.gridworld(3, 3, slip=0.2, horizon=4)
+    rollouts = roll_out(TabularSimulator(mdp), base_policy(mdp), 20)
+    by_state = torch.randn(9, 1, dtype=mdp.dtype, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rollouts.returns(by_state), rollouts.returns(by_state.expand(9, mdp.num_actions)))
+    for wrong in (by_state[:, 0], by_state[:2]):
+        with pytest.raises(InvalidRewardError, match=r"\[\*batch, S, 1\]"):
+            rollouts.returns(wrong)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain as chained
 from typing import TYPE_CHECKING, Any
 
-from pirl.diagnose.approximation import approximation, particles
+from pirl.diagnose.approximation import approximation, particles, partition
 from pirl.diagnose.chains import disagreement, divergences, energies, few_effective, run, unsound
 from pirl.diagnose.data import from_the_prior, influential
 from pirl.diagnose.facts import Facts, Finding
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _Check = Callable[[Facts], Iterator[Finding]]
 _PROBLEMS: tuple[_Check, ...] = (
-    unsound, disagreement, few_effective, divergences, energies, approximation, particles,
+    unsound, disagreement, few_effective, divergences, energies, approximation, particles, partition,
 )  # fmt: skip
 _NOTES: tuple[_Check, ...] = (run, influential, from_the_prior)
 
@@ -79,6 +79,9 @@ def verdict(posterior: xarray.DataTree) -> str:
 
 
 def _examine(posterior: xarray.DataTree) -> tuple[list[Finding], list[str]]:
+    if not hasattr(posterior, "children"):
+        inner = " its .posterior" if hasattr(posterior, "posterior") else " what pirl.fit returned"
+        raise PosteriorFileError(f"a {type(posterior).__name__} is no DataTree: give{inner}")
     if "posterior" not in posterior.children or not {"chain", "draw"} <= set(posterior["posterior"].sizes):
         raise PosteriorFileError("there is no group 'posterior' with dims chain and draw: give what pirl.fit returned")
     facts = Facts(posterior)

@@ -95,3 +95,20 @@ def particles(facts: Facts) -> Iterator[Finding]:
             "the shares of modes and comparisons of models are as uncertain",
             "more particles (num_samples), or a larger target_ess",
         )
+
+
+def partition(facts: Facts) -> Iterator[Finding]:
+    """Is log Z, where it was estimated from samples, known well enough?"""
+    if "partition_trusted" not in facts.attrs:
+        return
+    facts.figures.append(f"log Z by {facts.number('partition_ess'):,.0f} effective samples")
+    if int(facts.attrs["partition_trusted"]):
+        return
+    reason, _, advice = str(facts.attrs["partition_problem"]).rpartition(": ")
+    yield Finding(
+        "problem",
+        "partition",
+        reason[0].upper() + reason[1:] + ".",
+        "the chains sampled an approximation of the posterior that may be far from it, however well they agree",
+        f"{advice} (pirl.learning.bayesian_guided_cost does so: with more num_rounds or num_rollouts)",
+    )

@@ -7,6 +7,7 @@ posterior is inferred again, until log Z is known well enough over its draws (:f
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,8 +18,9 @@ import torch
 from pyro.poutine.messenger import Messenger
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError
-from pirl.fit import fit
+from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
+from pirl.infer import get_engine
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
@@ -48,6 +50,14 @@ class GuidedPosterior(NamedTuple):
     """All roll-outs, a :class:`pirl.Pool` (or a list of them): other models of the same demonstrations may use it."""
     history: list[dict[str, float]]
     """By round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted"."""
+
+    def __repr__(self) -> str:
+        attrs = self.posterior.attrs
+        known = "trusted" if attrs["partition_trusted"] else "NOT TRUSTED"
+        return (
+            f"GuidedPosterior({known}: {attrs['partition_ess']:,.0f} effective of {attrs['partition_samples']:,} "
+            f"samples for {attrs['partition_demonstrations']} demonstrations, {len(self.history)} rounds)"
+        )
 
 
 class GuidedPool(NamedTuple):
@@ -111,6 +121,8 @@ def bayesian_guided_cost(
         >>> found = bayesian_guided_cost(model, demos, pirl.simulators.TabularSimulator(mdp), features)
         >>> found.posterior.attrs["partition_trusted"]
     """
+    # What could be refused after all rounds is refused before them.
+    check_options(engine, get_engine(engine), options.keys() - inspect.signature(fit).parameters.keys())
     pool, history = guided_pool(
         model, demos, simulator, *args, base=base, policy_step=policy_step, guide=guide, num_rounds=num_rounds,
         num_policies=num_policies, num_rollouts=num_rollouts, seed=seed, particles=particles,
@@ -141,6 +153,8 @@ def guided_pool(
     """
     if num_rounds < 1 or num_policies < 1 or num_rollouts < 4:
         raise OptionError("num_rounds and num_policies must be at least 1, num_rollouts at least 4")
+    if guide not in ("laplace", "svi"):
+        raise OptionError(f"guide={guide!r} is not known: use 'laplace' or 'svi'")
     several = isinstance(simulator, (list, tuple))
     simulators, watched = (simulator, demos) if several else ([simulator], [demos])
     if len(simulators) != len(watched) or not len(simulators):
@@ -176,7 +190,7 @@ def guided_pool(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
             posterior = _guide(near, given(), guide, seed + number, quick)
-        trusted = posterior.attrs["partition_trusted"] == "True"
+        trusted = bool(posterior.attrs["partition_trusted"])
         history.append(
             {
                 "ess": posterior.attrs["partition_ess"],

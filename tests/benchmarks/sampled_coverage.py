@@ -111,7 +111,7 @@ def world(job: tuple[str, int]) -> dict[str, Any]:
     return {
         "sampled": covers[0], "exact": covers[1],
         "off": (ours.mean(0) - theirs.mean(0)) / theirs.std(0), "ratio": ours.std(0) / theirs.std(0),
-        "trusted": found.posterior.attrs["partition_trusted"] == "True",
+        "trusted": found.posterior.attrs["partition_trusted"] == 1,
         "ess": found.posterior.attrs["partition_ess"],
     }  # fmt: skip
 
