@@ -131,6 +131,12 @@ def run(
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         ModelError: the Hessian at the best end is not positive definite: there is no Gaussian approximation.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(1.0, 2.0)))
+        >>> draws = run(potential, num_samples=100, progress=False)
+        >>> draws.values["x"].shape, round(draws.attrs["log_evidence"], 4)
+        (torch.Size([1, 400]), 0.0)
     """
     if num_starts < 1:
         raise OptionError(f"num_starts is {num_starts}, but must be at least 1")

@@ -177,6 +177,12 @@ def run(
         NonFiniteError: no start with a finite log density and gradient.
         StuckChainsError: no chain accepted a proposal after warm-up.
         OptionError: more chains than have random numbers of their own, or fewer than ranks; no tree to build.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> draws = run(potential, num_chains=2, num_warmup=20, num_samples=10, progress=False)
+        >>> draws.values["x"].shape, sorted(draws.stats)
+        (torch.Size([2, 10]), ['acceptance_rate', 'diverging', 'energy', 'lp', 'n_steps', 'step_size', 'tree_depth'])
     """
     if num_chains > START_STREAM:
         raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")

@@ -220,6 +220,14 @@ def run(
         ModelError: the model does not vmap; says what to change.
         NonFiniteError: the likelihood is zero at every draw from the prior.
         OptionError: a target that is no share.
+
+    Example:
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x.square(), 0.1), obs=torch.tensor(1.0))  # two modes, at -1 and 1
+        >>> draws = run(pirl.infer.Potential(model), num_chains=2, num_samples=100, progress=False)
+        >>> draws.values["x"].shape, "log_evidence" in draws.attrs
+        (torch.Size([2, 100]), True)
     """
     if not 0 < target_ess < 1:
         raise OptionError(f"target_ess is {target_ess}, but must be a share between 0 and 1")

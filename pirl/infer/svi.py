@@ -178,6 +178,12 @@ def run(
     Raises:
         OptionError: no such guide.
         NonFiniteError: no start with a finite log density and gradient, or an ELBO that stays not finite.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(1.0, 2.0)))
+        >>> draws = run(potential, guide="normal", num_samples=100, max_steps=2000, progress=False)
+        >>> draws.values["x"].shape
+        torch.Size([1, 400])
     """
     count = num_chains * num_samples
     args, kwargs = potential.args, potential.kwargs

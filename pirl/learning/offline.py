@@ -75,6 +75,14 @@ class OfflinePosterior:
         num_actions: A.
         history: by name, the objective and its terms ("objective", "policy", "kl", "td") at each step
             ``[num_steps]``, of its batch.
+
+    Example:
+        >>> found = offline_posterior(demos, num_actions=5, num_states=25, num_steps=20)
+        >>> states = torch.arange(25)
+        >>> found.log_policy(states).shape, found.greedy(states).shape
+        (torch.Size([25, 5]), torch.Size([25]))
+        >>> found.history["objective"].shape
+        torch.Size([20])
     """
 
     num_actions: int
