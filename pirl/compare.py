@@ -86,7 +86,7 @@ def compare(
     reward), the predictive mixture (one reward drawn for an episode), and the policy of the largest conditional value
     at risk. A point estimate and cloning give one each, and so does the truth where it is known.
 
-    Columns (:data:`COLUMNS`; NaN where a row has none):
+    Columns (:data:`pirl.compare.COLUMNS`; NaN where a row has none):
 
     - ``log_likelihood``: mean log pi(a|s) of the held-out decisions by the *soft* policy that a row predicts (nats),
       with a bootstrap interval over episodes;

@@ -16,6 +16,8 @@ from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential
 from pirl.infer.start import find_start, guarded
 
+__all__ = ["run"]
+
 
 def hessian(energy: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     """Second derivatives of a scalar function ``[D] -> []`` at a point ``[D]``, symmetrised; shape ``[D, D]``.
@@ -125,7 +127,7 @@ def run(
     Args:
         num_warmup: ignored.
         num_starts: searches for the mode, from different starts; the best end wins.
-        init: where they start, see :func:`~pirl.infer.start.find_start`.
+        init: where they start, see :func:`pirl.infer.start.find_start`.
         resample: let the draws follow their importance weights, where k-hat < 0.7 allows it.
 
     Raises:

@@ -20,6 +20,8 @@ from pirl.infer.recorded import recorded
 from pirl.infer.sampling import Sampler, Stats, check_moves, sample
 from pirl.infer.start import find_start, guarded
 
+__all__ = ["run"]
+
 STATISTICS = ("lp", "energy", "tree_depth", "n_steps", "step_size", "acceptance_rate", "diverging")
 
 
@@ -91,7 +93,7 @@ class _Kernel(NUTS):
 
 
 class Nuts(Sampler):
-    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods."""
+    """The sampler: see :func:`run` for its options."""
 
     label = "nuts"
 
@@ -170,7 +172,7 @@ def run(
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
         max_tree_depth: at most 2^depth - 1 leapfrog steps a transition.
         full_mass: dense mass matrix: over all sites, or over each tuple of site names.
-        init: where chains start, see :func:`~pirl.infer.start.find_start`.
+        init: where chains start, see :func:`pirl.infer.start.find_start`.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
 
     Raises:

@@ -26,6 +26,8 @@ from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, sample
 from pirl.infer.start import find_start
 
+__all__ = ["run"]
+
 WIDTH = 256
 """Particles of a block on a CPU: of thousands, wider blocks cost less a particle and still occupy every core."""
 
@@ -34,7 +36,7 @@ FEWEST_MOVES = 2
 
 
 class SMC(Population):
-    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods.
+    """The sampler: see :func:`run` for its options.
 
     A step is one move of all particles; before the first move at a temperature they are weighted and resampled.
     """

@@ -65,8 +65,9 @@ def td_term(
 
 @dataclass(frozen=True, eq=False)
 class OfflinePosterior:
-    """What :func:`offline_posterior` learned: laws of rewards, and the demonstrator's policy (a :class:`pirl.Policy`).
+    """What :func:`offline_posterior` learned: laws of rewards, and the demonstrator's policy.
 
+    It is itself that policy, as a :class:`pirl.simulators.Policy`.
     States are vectors ``[*batch, ds]``, or numbers ``[*batch]`` where the demonstrations are tabular; actions are whole
     numbers ``[*batch]`` (or ``[*batch, 1]`` beside vectors). Answers are of the demonstrations' precision, though the
     networks are in float32.
