@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,34 +70,32 @@ def test_the_example_of_several_subjects_runs() -> None:
     assert names["posterior"].posterior["offset"].dims == ("chain", "draw", "subject", "feature")
 
 
-# So short that nothing converges, of which a warning tells.
-@pytest.mark.filterwarnings("ignore::pirl.errors.ConvergenceWarning")
-def test_the_examples_of_ones_own_problem_network_and_data_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pirl
+# So short that nothing converges, of which warnings tell.
+QUICKLY = """
+import pirl
 
-    fit = pirl.fit
-    quick = {
-        "num_chains": 2, "num_warmup": 10, "num_samples": 8, "num_prior": 10, "num_posterior_predictive": 10,
-        "progress": False, "device": "cpu",
-    }  # fmt: skip
-    monkeypatch.setattr(pirl, "fit", lambda *args, **options: fit(*args, **{**options, **quick}))
-    monkeypatch.chdir(tmp_path)
+fit = pirl.fit
+quick = {"num_chains": 2, "num_warmup": 10, "num_samples": 8, "num_prior": 10, "num_posterior_predictive": 10}
+pirl.fit = lambda *args, **options: fit(*args, **{**options, **quick, "progress": False, "device": "cpu"})
+"""
+LOOK = """
+assert repr(machine) == "TabularMDP(states=4, actions=2, discount=0.95, terminal=1)"
+assert {"dry", "wet"} <= set(both.log_likelihood.data_vars)
+assert lifted.posterior["reward"].shape == last.posterior["reward"].shape == (2, 8, 25)
+assert "network_0_weight" in lifted.posterior and "network_0_weight" not in last.posterior
+assert posterior.posterior["offset"].dims == ("chain", "draw", "subject", "feature")
+"""
+
+
+def test_the_examples_of_ones_own_problem_network_and_data_run(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    titles = [
-        "An example", "My own decision problem", "My own reward network", "My own demonstrations (a data frame)",
-        "Many GPUs",
-    ]  # fmt: skip
-    names: dict[str, Any] = {}
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        for title in titles:
-            (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)^## ", text, flags=re.DOTALL | re.MULTILINE)
-            for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
-                exec(block, names)
-    assert repr(names["machine"]) == "TabularMDP(states=4, actions=2, discount=0.95, terminal=1)"
-    assert {"dry", "wet"} <= set(names["both"].log_likelihood.data_vars)
-    assert names["lifted"].posterior["reward"].shape == names["last"].posterior["reward"].shape == (2, 8, 25)
-    assert "network_0_weight" not in names["last"].posterior and "network_0_weight" in names["lifted"].posterior
-    assert "Trajectories(2 episodes, 5 decisions)" in said.getvalue() and "('anna', 'bob')" in said.getvalue()
-    assert names["posterior"].posterior["offset"].dims == ("chain", "draw", "subject", "feature")
-    assert (tmp_path / "run.ckpt").exists() or (tmp_path / "posterior.nc").exists()
+    titles = ["An example", "My own decision problem", "My own reward network", "My own demonstrations (a data frame)"]
+    blocks = []
+    for title in [*titles, "Many GPUs"]:
+        (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)^## ", text, flags=re.DOTALL | re.MULTILINE)
+        blocks += re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    program = "\n".join([QUICKLY, *blocks, LOOK])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Trajectories(2 episodes, 5 decisions) ('anna', 'bob')" in done.stdout
+    assert (tmp_path / "posterior.nc").exists()
