@@ -128,6 +128,17 @@ def model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> N
         pyro.factor("evidence", -log_evidence(mdp, reward))
 
 
+def draw_data(parameters: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Demonstrations of one of whom we know that every O_t is 1: draws from p(tau | O), by messages.
+
+    The picture by itself only says what happens, and whether it was good.
+    """
+    mdp, demos = arguments["mdp"], arguments["demos"]
+    reward = pirl.linear_reward(arguments["features"], parameters["weights"])
+    table = pirl.MaxEntTrajectory(mdp, reward, lengths=demos.lengths).sample()
+    return {"demos": pirl.Trajectories(table[..., 0], table[:, :-1, 1], (table[..., 1] >= 0).sum(1))}
+
+
 def below_zero(mdp: pirl.TabularMDP, reward: Tensor) -> tuple[Float[Tensor, "S A"], Float[Tensor, ""]]:
     """A reward whose exp is a probability, ``r - max r`` (over the pairs that can occur), and ``max r``.
 

@@ -5,6 +5,7 @@ posterior. pirl is the vocabulary (decision problems, trajectories, their distri
 model is the sentence written with it.
 """
 
+from pirl.calibrate import calibrate
 from pirl.compare import compare
 from pirl.continuous import ContinuousTrajectories
 from pirl.diagnose import diagnose
@@ -18,6 +19,7 @@ from pirl.posterior import reward_draws
 from pirl.rewards import expected_reward, lifted_network, lifted_reward, linear_reward, neural_reward, tabular_reward
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.trajectories import Trajectories
+from pirl.verdicts import verdicts
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "SampledMaxEntTrajectory",
     "TabularMDP",
     "Trajectories",
+    "calibrate",
     "compare",
     "diagnose",
     "expected_reward",
@@ -49,4 +52,5 @@ __all__ = [
     "soft_policy",
     "stationary_distribution",
     "tabular_reward",
+    "verdicts",
 ]

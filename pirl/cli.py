@@ -1,5 +1,5 @@
 """The command line: ``pirl fit MODEL.py``, and ``pirl summary``, ``diagnose`` and ``plot`` of its ``posterior.nc``;
-``pirl compare MODEL.py``.
+``pirl compare MODEL.py`` and ``pirl calibrate MODEL.py``.
 
 What a model file is tells :mod:`pirl.model_file`.
 """
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 INTERRUPTED = 130
+
+LONGEST_NAME, LONGEST_FOLDER = 230, 3000
+"""Bytes; a little less than file systems take, for the name that a file has while it is written."""
 
 
 class _Commands(TyperGroup):
@@ -157,7 +160,7 @@ def plot_command(
     out: Annotated[Path | None, typer.Option(metavar="POSTERIOR.png", help="By default beside the posterior.")] = None,
 ) -> None:
     """Draw the posterior distributions of a posterior file, with reference values."""
-    target = out or posterior.with_suffix(".png")
+    target = out or (posterior.with_suffix(".png") if posterior.name else Path("posterior.png"))
     _check_output(target, PLOT_FORMATS)
     _write_plot(read_posterior(posterior), target)
     print(f"wrote {target}")
@@ -209,6 +212,75 @@ def compare_command(
             print(f"wrote {path}")
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A Python file with model(...) and load(...).")],
+    replicates: Annotated[int, typer.Option(min=2, help="Truths, with data and a posterior each.")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of a posterior that the truth is ranked among.")] = 99,
+    engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains of a posterior.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Reproduces every replicate.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="STUDY.nc", help="Where to write the study.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="RANKS.png", help="Where to draw the ranks.")] = None,
+    recovery: Annotated[
+        Path | None, typer.Option(metavar="RECOVERY.png", help="Where to draw truths against posteriors.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="STUDY.ckpt", help="Where to save replicates; the same command goes on from there."),
+    ] = None,
+    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
+) -> None:
+    """Check by simulation that the posteriors of a model file are what they claim to be.
+
+    Parameters are drawn from the prior, data from the model, posteriors by the engine. The exit status is 1 if the
+    ranks of the truth leave their band.
+    """
+    from pirl.verdicts import is_calibrated, print_verdicts
+
+    _check_output(out)
+    for path in (plot, recovery):
+        _check_output(path, PLOT_FORMATS)
+    file = ModelFile.read(model)
+    arguments = {
+        "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": _device(device),
+        "num_replicates": replicates, "num_draws": draws, "seed": seed, "progress": progress, "checkpoint": checkpoint,
+    }  # fmt: skip
+    try:
+        with _short_warnings():
+            study = file.calibrate(
+                file.options(settings or []), {name: value for name, value in arguments.items() if value is not None}
+            )
+    except KeyboardInterrupt as interrupt:
+        print(f"pirl: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if study is None:  # the process of another rank has it
+        return
+    if out is not None:
+        write_posterior(study, out)
+    if plot is not None or recovery is not None:
+        from pirl.plots import plot_ranks, plot_recovery
+
+        for path, draw in ((plot, plot_ranks), (recovery, plot_recovery)):
+            if path is not None:
+                figure = draw(study)
+                with _replacing(path) as temporary:
+                    figure.savefig(temporary, dpi=150)
+    print_verdicts(study)
+    for path in (out, plot, recovery):
+        if path is not None:
+            print(f"wrote {path}")
+    if study.attrs["num_replicates"] < replicates:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(int(not is_calibrated(study)))
+
+
 @contextmanager
 def _short_warnings() -> Iterator[None]:
     """Print each warning once, as one line, when it comes."""
@@ -246,6 +318,10 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     if path is None:
         return
     folder = path.parent
+    if len(os.fsencode(path.name)) > LONGEST_NAME or len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise OptionError(f"{str(path)[:60]}... cannot be written: its name is too long")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device would be replaced by a file
+        raise OptionError(f"{path} cannot be written: it is no ordinary file; name another")
     if not folder.is_dir():
         raise OptionError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if path.is_dir() or not os.access(folder, os.W_OK):
@@ -290,7 +366,7 @@ def read_posterior(path: Path) -> xarray.DataTree:
     try:
         with xarray.open_datatree(path, engine="h5netcdf") as tree:
             posterior = tree.load()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError):
+    except Exception:  # whatever the parts of HDF5 and xarray say of what is damaged
         raise PosteriorFileError(
             f"{path} is damaged, or not a netCDF file: give one that `pirl fit --out` wrote"
         ) from None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pirl.baselines import PointEstimate, cloning, max_margin, maxent, maximum_margin_planning
 from pirl.errors import ConvergenceWarning, OptionError, PirlError
+from pirl.infer.importance import FEWEST
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
 from pirl.metrics import epic_distance, expected_value_difference, feature_gap, held_out_log_likelihood
@@ -236,6 +237,9 @@ def _checked(name: str, draws: Tensor, mdp: TabularMDP) -> Tensor:
 
 def _loo(posterior: xarray.DataTree) -> tuple[float, float]:
     if "log_likelihood" not in posterior.children or len(posterior["log_likelihood"].data_vars) != 1:
+        return math.nan, math.nan
+    sizes = posterior["posterior"].sizes
+    if sizes["chain"] * sizes["draw"] < FEWEST:  # of which no tail can be fitted
         return math.nan, math.nan
     import arviz_stats
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,7 @@ class ContinuousTrajectories:
     ) -> None:
         if isinstance(states, (list, tuple)):
             states, actions, lengths = _padded(states, actions)
-        states, actions = (
-            torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x, device=device).to(dtype)
-            for x in (states, actions)
-        )
+        states, actions = (_real(x, name, device).to(dtype) for x, name in ((states, "states"), (actions, "actions")))
         actions = actions.unsqueeze(-1) if actions.dim() == 2 else actions
         if states.dim() != 3 or actions.dim() != 3 or len(states) != len(actions) or len(states) == 0:
             raise InvalidTrajectoriesError(
@@ -56,8 +55,13 @@ class ContinuousTrajectories:
             )
         if lengths is None:
             lengths = torch.full((count,), steps)
-        self.lengths: Tensor = torch.as_tensor(lengths, device=states.device).long()
-        if self.lengths.shape != (count,) or bool(((self.lengths < 0) | (self.lengths > steps)).any()):
+        lengths = _real(lengths, "lengths", states.device)
+        self.lengths: Tensor = lengths.long()
+        if (
+            bool((self.lengths != lengths).any())
+            or self.lengths.shape != (count,)
+            or bool(((self.lengths < 0) | (self.lengths > steps)).any())
+        ):
             raise InvalidTrajectoriesError(f"lengths must be {count} whole numbers from 0 to {steps}")
         self.state_dim = states.shape[-1]
         acting = torch.arange(steps, device=states.device) < self.lengths.unsqueeze(1)
@@ -174,10 +178,11 @@ class ContinuousTrajectories:
             DataError: the file is missing, damaged, or has other entries.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            content = io.BytesIO(Path(path).read_bytes())
+            with np.load(content, allow_pickle=False) as file:
                 data = {key: file[key] for key in file.files if key in _ENTRIES}
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{os.fspath(path)} cannot be read as a NumPy archive: {error}") from None
+        except Exception as error:  # a damaged archive has as many kinds of them as zip, zlib and NumPy have parts
+            raise DataError(f"{os.fspath(path)} cannot be read as a NumPy archive: {_line(error)}") from None
         return cls._of(data, path, **options)
 
     @classmethod
@@ -189,6 +194,7 @@ class ContinuousTrajectories:
         """
         import h5py
 
+        pairs: list[tuple[np.ndarray, np.ndarray]] | None = None
         try:
             with h5py.File(path, "r") as file:
                 groups = sorted((key for key in file if isinstance(file[key], h5py.Group)), key=_number)
@@ -197,10 +203,13 @@ class ContinuousTrajectories:
                     keys = next((pair for pair in names if all(k in file[groups[0]] for k in pair)), None)
                     if keys is not None:
                         pairs = [(file[g][keys[0]][:], file[g][keys[1]][:]) for g in groups]
-                        return cls.from_episodes(pairs, **options)
                 data = {key: file[key][:] for key in file if key in _ENTRIES}
-        except (OSError, KeyError, TypeError) as error:
-            raise DataError(f"{os.fspath(path)} cannot be read as an HDF5 file of trajectories: {error}") from None
+        except Exception as error:  # whatever the parts of HDF5 say of what is damaged
+            raise DataError(
+                f"{os.fspath(path)} cannot be read as an HDF5 file of trajectories: {_line(error)}"
+            ) from None
+        if pairs is not None:
+            return cls.from_episodes(pairs, **options)
         return cls._of(data, path, **options)
 
     @classmethod
@@ -208,7 +217,10 @@ class ContinuousTrajectories:
         if {"states", "actions"} <= data.keys():
             return cls(data["states"], data["actions"], data.get("lengths"), **options)
         if {"obs", "acts", "indices"} <= data.keys():
-            actions = np.split(data["acts"], data["indices"])
+            try:
+                actions = np.split(data["acts"], data["indices"])
+            except (TypeError, ValueError, IndexError) as error:
+                raise DataError(f"{os.fspath(path)}: indices do not split the actions: {_line(error)}") from None
             # Each episode has one observation more than actions.
             starts = np.cumsum([0, *(len(part) + 1 for part in actions)])
             if starts[-1] != len(data["obs"]):
@@ -223,9 +235,23 @@ class ContinuousTrajectories:
 _ENTRIES = ("states", "actions", "lengths", "obs", "acts", "indices")
 
 
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
 def _number(name: str) -> tuple[int, str]:
     digits = "".join(c for c in name if c.isdigit())
     return (int(digits) if digits else -1, name)
+
+
+def _real(x: Any, name: str, device: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(x if isinstance(x, Tensor) else np.asarray(x), device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidTrajectoriesError(f"{name} cannot be read as numbers: {_line(error)}") from None
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InvalidTrajectoriesError(f"{name} must be real numbers, not {tensor.dtype}")
+    return tensor
 
 
 def _padded(states: Any, actions: Any) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -23,11 +21,12 @@ from pirl.errors import ConvergenceWarning, OptionError
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
-from pirl.infer.engine import START_STREAM, one_thread, own_generator, reseed
+from pirl.infer.engine import START_STREAM, one_thread, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
 from pirl.partition import untrusted
 from pirl.posterior import identified, partition_quality
+from pirl.setting import Setting, bound, own_keywords
 
 if TYPE_CHECKING:
     import xarray
@@ -110,29 +109,23 @@ def fit(
     for name, count in (counts | {"thin": thin}).items():
         if count < (name != "num_warmup"):
             raise OptionError(f"{name} is {count}, but must be at least {int(name != 'num_warmup')}")
-    named = set(inspect.signature(model).parameters)
-    kwargs = {name: options.pop(name) for name in list(options) if name in named} | dict(model_kwargs or {})
-    _check_options(engine, run, options)
+    kwargs, options = own_keywords(model, options, model_kwargs)
+    check_options(engine, run, options)
     samples = "ranks" in parameters  # else it approximates
     if thin > 1 and not samples:
         raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
     if checkpoint is not None and not samples:
         raise OptionError(f"engine {engine!r} saves no checkpoints: leave it out, or use 'chees', 'nuts' or 'smc'")
-    everything = [*args, *kwargs.values()]
-    moving = device is not None or dtype is not None
-    dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
-    dtype = dtype or torch.float64
-    device = _own_device(device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu")
-    args = tuple(_moved(value, device, dtype, moving) for value in args)
-    kwargs = {name: _moved(value, device, dtype, moving) for name, value in kwargs.items()}
+    setting = Setting.of(args, kwargs, device, dtype)
+    args, kwargs, device, dtype = setting
     name = getattr(model, "__name__", type(model).__name__)
-    with _surroundings(device, dtype):
+    with setting.entered():
         ranks = join(device)
         if not (samples or ranks.leads):
             return None  # type: ignore[return-value] # an approximation is the work of one process
         reseed(seed, START_STREAM)
         potential = Potential(model, args, kwargs, subsampling=engine == "svi")
-        constant = _constant_data(_bound(model, args, kwargs), dims or {})
+        constant = _constant_data(bound(model, args, kwargs), dims or {})
         # What can be refused is refused before the long work.
         check_names(planned(potential, dims or {}) | {"constant_data": constant}, coords or {})
         check_memory(potential, -(-counts["num_samples"] // thin) * counts["num_chains"], log_likelihood)
@@ -140,7 +133,7 @@ def fit(
         if checkpoint is not None:
             # A run may go on for more draws; but SMC's are its particles, all of which move from the beginning.
             fixed = {name: count for name, count in counts.items() if name != "num_samples" or engine == "smc"}
-            whole = {f"option {name}": options.get(name, parameters[name].default) for name in _options(run)}
+            whole = {f"option {name}": options.get(name, parameters[name].default) for name in engine_options(run)}
             identity = {"model": name, "engine": engine, "seed": seed, **fixed, "thin": thin, **whole}
             shared["checkpoint"] = open_checkpoint(checkpoint, potential, identity)
         draws = run(potential, **counts, seed=seed, progress=progress, **shared, **options)
@@ -150,7 +143,7 @@ def fit(
         groups = describe(
             potential,
             draws,
-            unobserved=(_unobserved(args), dict(zip(kwargs, _unobserved(kwargs.values()), strict=True))),
+            unobserved=setting.unobserved(),
             num_posterior_predictive=num_posterior_predictive,
             num_prior=num_prior,
             seed=seed,
@@ -231,81 +224,22 @@ def _partition_quality(
     }
 
 
-def _own_device(device: torch.device | str) -> torch.device:
-    """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
-def _options(run: Callable[..., Any]) -> list[str]:
+def engine_options(run: Callable[..., Any]) -> list[str]:
     """Names of the options of an engine beside those that all have."""
     common = ("potential", "num_chains", "num_warmup", "num_samples", "seed", "progress", "thin", "ranks", "checkpoint")
     return [name for name in inspect.signature(run).parameters if name not in common]
 
 
-def _check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    known = _options(run)
+def check_options(engine: str, run: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options that an engine does not have.
+
+    Raises:
+        OptionError: names it, and those that there are.
+    """
+    known = engine_options(run)
     for name in options:
         if name not in known:
             raise OptionError(f"engine {engine!r} has no option {name!r}; its options are {', '.join(known)}")
-
-
-def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -> Any:
-    found = (getattr(value, attribute, None) for value in values)
-    return next((value for value in found if fits(value)), None)
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) -> Any:
-    """Move one argument: floating tensors always follow the run; objects with ``to`` when asked, or if they differ."""
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-    if isinstance(value, torch.nn.Module):
-        return copy.deepcopy(value).to(device=device, dtype=dtype)
-    differs = getattr(value, "dtype", dtype) != dtype or getattr(value, "device", device) != device
-    if hasattr(value, "to") and (given or differs):
-        return value.to(device=device, dtype=dtype)
-    return value
-
-
-@contextmanager
-def _surroundings(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Set torch's default dtype and device, and give Pyro an empty parameter store; restore all of them."""
-    import pyro
-
-    before = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, before)
-        torch.set_default_dtype(dtype)
-        if device != torch.empty(0).device:
-            stack.enter_context(device)  # only where needed: it slows every call into torch
-        if device.type == "cuda":
-            torch.cuda.init()
-            stack.enter_context(torch.cuda.device(device))  # whose generator is seeded and restored
-        stack.enter_context(own_generator())
-        stack.enter_context(pyro.get_param_store().scope())
-        yield
-
-
-def _unobserved(values: Any) -> tuple[Any, ...]:
-    return tuple(value.unobserved() if hasattr(value, "unobserved") else value for value in values)
-
-
-def _bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of the model by its parameters; a variadic parameter is numbered."""
-    signature = inspect.signature(model)
-    bound: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            bound |= {f"{name}_{i}": item for i, item in enumerate(value)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            bound |= value
-        else:
-            bound[name] = value
-    return bound
 
 
 def _constant_data(arguments: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> Named:

@@ -13,6 +13,8 @@ and, where they help,
   ``{"label": "Rust (1987)", "values": {"RC": 10.075}, "standard_errors": {"RC": 1.582}}``. Values have the shape of the
   parameter; standard errors may be missing;
 - ``truth(...)``, which returns the true reward ``[S, A]`` or ``[S, 1]`` where it is known, for comparisons;
+- ``draw_data(parameters, arguments)``, which draws the data anew, where the model cannot say them forwards: from latent
+  sites by name and the model's arguments by name, a dict of those arguments that are data;
 - ``dims``, a dict from arguments to the names of their dims;
 - ``labels``, a dict from parameters to words and units for figures;
 - ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
@@ -34,11 +36,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from pirl.calibrate import calibrate
 from pirl.errors import OptionError
 from pirl.fit import fit
+from pirl.replicates import DrawData
 
 if TYPE_CHECKING:
     import xarray
+
+_SIZES = {f"num_{of}" for of in ("chains", "warmup", "samples", "prior", "posterior_predictive")} | {"engine", "thin"}
+"""What :func:`pirl.calibrate` decides for itself, since it needs few draws of each of many posteriors."""
+
+_FUNCTIONS = ("coords", "reference", "truth", "draw_data")
+_TABLES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dims": (
+        lambda dims: isinstance(dims, (tuple, list)) and all(isinstance(dim, str) for dim in dims),
+        "names of dims",
+    ),
+    "labels": (lambda label: isinstance(label, str), "words"),
+    "defaults": (lambda value: True, "arguments of pirl.fit"),
+}
+"""What a file may define beside model and load: functions; and dicts, of what."""
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -54,6 +76,7 @@ class ModelFile:
     coords: Callable[..., Mapping[str, Any]] | None = None
     reference: Callable[..., Mapping[str, Any] | None] | None = None
     truth: Callable[..., Any] | None = None
+    draw_data: DrawData | None = None
     dims: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -82,9 +105,16 @@ class ModelFile:
                 raise OptionError(
                     f"{path} has no function {needed}(...): a model file defines model(...) and load(...)"
                 )
-        names = ("model", "load", "coords", "reference", "truth", "dims", "labels", "defaults")
+        names = ("model", "load", *_FUNCTIONS, *_TABLES)
         found = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
-        return cls(path, title=(module.__doc__ or path.stem).strip().splitlines()[0], **found)
+        for name in _FUNCTIONS:
+            if not callable(found.get(name, cls)):
+                raise OptionError(f"{path}: {name} must be a function, not {type(found[name]).__name__}")
+        for name, (fits, words) in _TABLES.items():
+            table = found.get(name, {})
+            if not isinstance(table, Mapping) or not all(isinstance(k, str) and fits(v) for k, v in table.items()):
+                raise OptionError(f"{path}: {name} must be a dict from names to {words}")
+        return cls(path, title=((module.__doc__ or "").strip() or path.stem).splitlines()[0], **found)
 
     def options(self, settings: list[str]) -> dict[str, Any]:
         """All options of ``load``: its defaults, and what ``key=value`` texts say, converted to the annotated types.
@@ -92,8 +122,14 @@ class ModelFile:
         Raises:
             OptionError: an unknown key, a value of another type, or a missing one; names the keys.
         """
-        hints = typing.get_type_hints(self.load)
-        parameters = inspect.signature(self.load).parameters
+        try:
+            hints = typing.get_type_hints(self.load)
+        except (NameError, SyntaxError, TypeError) as error:
+            raise OptionError(f"{self.path}: the annotations of load() cannot be read: {error}") from None
+        every = inspect.signature(self.load).parameters
+        if any(one.kind is one.POSITIONAL_ONLY and one.default is one.empty for one in every.values()):
+            raise OptionError(f"{self.path}: load() must take its options by name: leave out the /")
+        parameters = {name: one for name, one in every.items() if one.kind in _NAMED}
         known = ", ".join(f"{name} ({_words(hints.get(name, str))})" for name in parameters) or "none"
         given = {}
         for setting in settings:
@@ -118,9 +154,13 @@ class ModelFile:
         """What ``load`` returns: the named arguments of the model.
 
         Raises:
-            OptionError: they do not fit the model.
+            OptionError: they are no dict, or do not fit the model.
         """
-        loaded = dict(self.load(**options))
+        result: Any = self.load(**options)
+        if not isinstance(result, Mapping) or not all(isinstance(name, str) for name in result):
+            kind = type(result).__name__
+            raise OptionError(f"{self.path}: load() must return a dict of the named arguments of model(), not a {kind}")
+        loaded = dict(result)
         try:
             inspect.signature(self.model).bind(**loaded)
         except TypeError as error:
@@ -129,7 +169,7 @@ class ModelFile:
 
     def known_truth(self, known: Mapping[str, Any]) -> Any:
         """The true reward, or None."""
-        return _called(self.truth, known)
+        return self._called("truth", known)
 
     def fit(
         self, options: Mapping[str, Any], arguments: Mapping[str, Any], loaded: Mapping[str, Any] | None = None
@@ -140,11 +180,8 @@ class ModelFile:
         """
         loaded = self.arguments(options) if loaded is None else loaded
         known = {**options, **loaded}
-        engine = arguments.get("engine", self.defaults.get("engine", "chees"))
-        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
-        own |= self.defaults.get(engine, {})
-        coords = _called(self.coords, known) or {}
-        reference = _called(self.reference, known)
+        engine, own = self._suited(arguments.get("engine"))
+        coords, reference = self._labels(known), self._published(known)
         posterior = fit(
             self.model,
             model_kwargs=loaded,
@@ -160,15 +197,87 @@ class ModelFile:
                 posterior["posterior"][name].attrs["long_name"] = label
         return posterior
 
+    def calibrate(self, options: Mapping[str, Any], arguments: Mapping[str, Any]) -> xarray.DataTree | None:
+        """Load, and study the calibration of the model, with the plan of its demonstrations.
 
-def _called(function: Callable[..., Any] | None, known: Mapping[str, Any]) -> Any:
-    """Call with what its parameters name; parameters with a default may be unknown."""
-    if function is None:
-        return None
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return function(**known)
-    return function(**{parameter.name: known[parameter.name] for parameter in parameters if parameter.name in known})
+        None in a process of several that does not lead them.
+        """
+        loaded = self.arguments(options)
+        engine, own = self._suited(arguments.get("engine"))
+        own = {name: value for name, value in own.items() if name not in _SIZES}
+        coords = self._labels({**options, **loaded})
+        kept = {"draw_data": self.draw_data, "dims": self.dims, "coords": coords, **own, **arguments, "engine": engine}
+        study = calibrate(self.model, model_kwargs=loaded, **kept)
+        if study is not None:
+            study.attrs |= {"model": self.path.stem, "title": self.title, "options": json.dumps(options, default=str)}
+        return study
+
+    def _suited(self, engine: str | None) -> tuple[str, dict[str, Any]]:
+        """The engine, unless given, and the arguments that suit the model with it."""
+        engine = engine or self.defaults.get("engine", "chees")
+        own = {name: value for name, value in self.defaults.items() if not isinstance(value, Mapping)}
+        for_engine = self.defaults.get(engine, {})
+        if not isinstance(for_engine, Mapping):
+            raise OptionError(f"{self.path}: {engine} among defaults must be a dict of that engine's options")
+        own |= for_engine
+        for name, value in own.items():
+            if name.startswith("num_") and (not isinstance(value, int) or value < 0):
+                raise OptionError(
+                    f"{self.path}: {name} among defaults is {value!r}, but must be a whole number from 0 on"
+                )
+        return engine, own
+
+    def _labels(self, known: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What ``coords`` returns."""
+        coords = self._called("coords", known) or {}
+        if not isinstance(coords, Mapping) or not all(_is_listed(labels) for labels in coords.values()):
+            raise OptionError(f"{self.path}: coords() must return a dict from dims to lists of labels")
+        return coords
+
+    def _published(self, known: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What ``reference`` returns, as JSON can keep it."""
+        reference = self._called("reference", known)
+        if reference is None:
+            return None
+        try:
+            numbers = {
+                kind: {str(name): _numbers(value) for name, value in reference.get(kind, {}).items()}
+                for kind in ("values", "standard_errors")
+            }
+            return {"label": str(reference["label"]), **numbers}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise OptionError(
+                f"{self.path}: reference() must return {{'label': text, 'values': {{name: numbers}}}}, and perhaps "
+                f"'standard_errors' like 'values', or None: {type(error).__name__} {error}"
+            ) from None
+
+    def _called(self, name: str, known: Mapping[str, Any]) -> Any:
+        """Call a function of the file with what its parameters name; those with a default may be unknown."""
+        function = getattr(self, name)
+        if function is None:
+            return None
+        parameters = inspect.signature(function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return function(**known)
+        arguments = {parameter.name: known[parameter.name] for parameter in parameters if parameter.name in known}
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise OptionError(
+                f"{self.path}: {name}() can be called with {', '.join(known) or 'nothing'}: {error}"
+            ) from None
+        return function(**arguments)
+
+
+def _numbers(value: Any) -> Any:
+    array = np.asarray(value, dtype=float)
+    if array.size == 0:
+        raise ValueError("no numbers")
+    return array.tolist()
+
+
+def _is_listed(labels: Any) -> bool:
+    return hasattr(labels, "__len__") and hasattr(labels, "__iter__") and not isinstance(labels, str)
 
 
 def _converted(text: str, hint: Any) -> Any:

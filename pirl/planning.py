@@ -62,12 +62,13 @@ def _rows(mdp: Dynamics, reward: Tensor) -> tuple[Float[Tensor, "S A C"], torch.
 
 
 def _finite_reward(mdp: Dynamics, reward: Tensor) -> Float[Tensor, "*batch S A"]:
-    reward = mdp.check_reward(reward)
-    bad = ~reward.isfinite() & mdp.log_prior.isfinite()
+    """What cannot be chosen may have any reward, and counts as 0."""
+    reward, allowed = mdp.check_reward(reward), mdp.log_prior.isfinite()
+    bad = ~reward.isfinite() & allowed
     if bool(bad.any()):
         *_, state, action = bad.nonzero()[0].tolist()
         raise InvalidRewardError(f"reward of state {state}, action {action} is NaN or infinite")
-    return reward
+    return torch.where(allowed, reward, 0.0)
 
 
 def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
@@ -103,7 +104,8 @@ def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
         policy = torch.nn.functional.one_hot(q.argmax(2), r.shape[1]).movedim(-1, 2).to(r.dtype)
         return OptimalPolicy(chain_first(policy, batch), chain_first(value, batch), chain_first(q, batch))
     # A proper start: mixing over every allowed action reaches a terminal state from anywhere.
-    policy = (allowed / allowed.sum(1, keepdim=True)).to(r.dtype).expand_as(r)
+    policy = allowed.to(r.dtype)  # first: booleans divide in the default dtype, which may be shorter
+    policy = (policy / policy.sum(1, keepdim=True)).expand_as(r)
     largest = torch.where(allowed, r, 0.0).abs().flatten(0, 1).amax(0)
     previous = torch.full_like(r[:, 0], -torch.inf)
     for _ in range(10 * r.shape[0] + 100):

@@ -74,16 +74,29 @@ def reward_draws(
             for name, data in dataset.data_vars.items()
         }
 
-        def one(draw: Mapping[str, Tensor]) -> Tensor:
-            return _reward(model, args, kwargs, draw, site)
-
-        first = one({name: value[0] for name, value in values.items()})  # what is wrong is said here
-        try:
-            rewards = torch.func.vmap(one, chunk_size=_BLOCK)(values)
-        except Exception:  # what does not vmap is run draw by draw
-            rewards = torch.stack([one({name: value[i] for name, value in values.items()}) for i in range(len(index))])
-    singles = [dim for dim in range(1, first.dim() - 1) if first.shape[dim - 1] == 1]
+        rewards = rewards_at(model, args, kwargs, values, site)
+    singles = [dim for dim in range(1, rewards.dim() - 2) if rewards.shape[dim] == 1]
     return rewards.squeeze(singles) if singles else rewards
+
+
+def rewards_at(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Tensor],
+    site: str | None = None,
+) -> Float[Tensor, "D *batch S A"]:
+    """The reward of trajectories at draws ``[D, *shape]`` of the latent sites: all at once where the model vmaps."""
+
+    def one(draw: Mapping[str, Tensor]) -> Tensor:
+        return _reward(model, args, kwargs, draw, site)
+
+    count = len(next(iter(values.values())))
+    one({name: value[0] for name, value in values.items()})  # what is wrong is said here
+    try:
+        return torch.func.vmap(one, chunk_size=_BLOCK)(dict(values))
+    except Exception:  # what does not vmap is run draw by draw
+        return torch.stack([one({name: value[i] for name, value in values.items()}) for i in range(count)])
 
 
 class _Given(Messenger):
@@ -118,7 +131,7 @@ class _Given(Messenger):
             )
 
 
-def _laws(
+def trajectory_laws(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draw: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The distributions of trajectories (TabularTrajectory) under one draw, by site."""
@@ -134,7 +147,7 @@ def _reward(
     draw: Mapping[str, Tensor],
     site: str | None,
 ) -> Tensor:
-    laws = _laws(model, args, kwargs, draw)
+    laws = trajectory_laws(model, args, kwargs, draw)
     if not laws:
         raise ModelError("the model observes no trajectories of a TabularMDP, so that it has no reward to show")
     if site is None and len(laws) > 1:
@@ -302,14 +315,16 @@ def identified(
     def visible(vector: Tensor) -> Tensor:
         """The canonical reward, of all sites, at one vector of parameters."""
         parts = vector.split([shape.numel() for shape in shapes])
-        laws = _laws(model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, parts, shapes, strict=True)})
+        laws = trajectory_laws(
+            model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, parts, shapes, strict=True)}
+        )
         return torch.cat([known[name].identified(law.reward).flatten() for name, law in laws.items()])
 
     mean = flat.mean((0, 1))
     try:
         with torch.no_grad():
             start = mean.split([shape.numel() for shape in shapes])
-            for name, law in _laws(
+            for name, law in trajectory_laws(
                 model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, start, shapes, strict=True)}
             ).items():
                 if law.reward.numel() > _MOST_PAIRS:

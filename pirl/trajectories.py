@@ -72,7 +72,8 @@ class Trajectories:
         subjects: Any = None,
         subject_names: Sequence[str] | None = None,
     ) -> None:
-        listed = zip(states, actions, strict=False) if isinstance(states, (list, tuple)) and lengths is None else ()
+        both_listed = isinstance(states, (list, tuple)) and isinstance(actions, (list, tuple))
+        listed = zip(states, actions, strict=False) if both_listed and lengths is None else ()
         states, actions = _integers(states, "states"), _integers(actions, "actions")
         for episode, (visited, acted) in enumerate(listed):
             if len(visited) - len(acted) not in (0, 1):
@@ -290,14 +291,22 @@ class Trajectories:
             )
         has_subject = subject is not None and subject in data.columns
         keys = [subject, episode] if has_subject else [episode]
-        for name in (*keys, t, state):
-            if data[name].isna().any():
+        for name in (*keys, t, state, action):
+            if list(data.columns).count(name) > 1:
+                raise InvalidTrajectoriesError(f"the data frame has several columns {name!r}")
+            if name != action and data[name].isna().any():
                 raise InvalidTrajectoriesError(f"column {name!r} has missing entries; only a last action may be")
+        try:
+            groups = [(key, rows.sort_values(t)) for key, rows in data.groupby(keys, sort=True, observed=True)]
+            twice = [key for key, rows in groups if rows[t].duplicated().any()]
+        except TypeError as error:
+            raise InvalidTrajectoriesError(
+                f"columns {', '.join(map(str, (*keys, t)))} cannot be put in order: {error}"
+            ) from None
+        if twice:
+            raise InvalidTrajectoriesError(f"episode {twice[0]} has two rows with the same {t!r}")
         states, actions, owners = [], [], []
-        for key, rows in data.groupby(keys, sort=True):
-            rows = rows.sort_values(t)
-            if rows[t].duplicated().any():
-                raise InvalidTrajectoriesError(f"episode {key} has two rows with the same {t!r}")
+        for key, rows in groups:
             if rows[t].dtype.kind in "iu" and (rows[t].diff().iloc[1:] != 1).any():
                 place = int((rows[t].diff().iloc[1:] != 1).to_numpy().argmax())
                 raise InvalidTrajectoriesError(
@@ -467,8 +476,10 @@ def _vector(x: Any, name: str, dims: int = 1, device: torch.device | None = None
         raise InvalidTrajectoriesError(f"{name} cannot be read as whole numbers") from None
     if tensor.numel() == 0:
         tensor = tensor.to(torch.long)
-    if tensor.is_floating_point() and bool((tensor == tensor.round()).all()):
-        tensor = tensor.to(torch.long)  # a data frame with missing entries turns whole numbers into floats
+    # A data frame with missing entries turns whole numbers into floats. What is infinite, or too large to be told from
+    # its neighbours, is no whole number, and would become a negative one.
+    if tensor.is_floating_point() and bool(((tensor == tensor.round()) & (tensor.abs() < 2**53)).all()):
+        tensor = tensor.to(torch.long)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.dim() != dims:
         raise InvalidTrajectoriesError(
             f"{name} must be whole numbers with {dims} dimension(s), not {tensor.dtype} {tuple(tensor.shape)}"

@@ -27,6 +27,7 @@ from pirl.errors import (
     InvalidMDPError,
     InvalidRewardError,
     InvalidTrajectoriesError,
+    ModelError,
     NonFiniteError,
     PirlError,
     RewardTimingError,
@@ -201,6 +202,9 @@ def test_an_action_in_a_terminal_state_is_refused() -> None:
     [
         ([[0.5, 1.0]], [[1, 1]], r"states\[0\] must be whole numbers"),
         ([[0, 1]], [[math.nan, 1.0]], r"actions\[0\] must be whole numbers"),
+        ([[0, 1]], [[1.0, math.inf]], r"actions\[0\] must be whole numbers"),  # no end of the episode
+        ([[0, 1e300]], [[1, 1]], r"states\[0\] must be whole numbers"),
+        ([[0, 1]], 3.5, "actions must be whole numbers"),
         ([["a", "b"]], [[1, 1]], r"states\[0\] cannot be read"),
         ([[True, False]], [[1, 1]], r"states\[0\] must be whole numbers"),
         (torch.zeros(1, 2, 3), torch.zeros(1, 2), "states must be whole numbers with 2 dimension"),
@@ -531,6 +535,24 @@ def test_a_density_that_is_never_finite_names_the_site() -> None:
 
     with pytest.raises(NonFiniteError, match="site 'seen' is -inf"):
         small_fit(broken)
+
+
+def test_a_factor_that_is_never_finite_is_named() -> None:
+    def broken() -> None:
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+        pyro.factor("trap", torch.tensor(-torch.inf))
+
+    with pytest.raises(NonFiniteError, match="site 'trap' is -inf"):
+        small_fit(broken)
+
+
+def test_two_sites_of_one_name_are_refused() -> None:
+    def twice() -> None:
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+        pyro.sample("weight", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ModelError, match="sites named 'weight'"):
+        small_fit(twice)
 
 
 def test_chains_that_are_all_stuck_name_the_site() -> None:

@@ -220,6 +220,39 @@ def test_a_file_that_is_no_model_gets_one_line(tmp_path: Path, text: str | None,
     assert words in refused("fit", path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("heads: int = 6", "heads: Number = 6", "annotations of load() cannot be read"),
+        ("heads: int = 6", "heads, /, other: int = 6", "load() must take its options by name"),
+        ('return {"heads": throws, "spread": spread}', "return None", "load() must return a dict"),
+        ("def coords(heads, metal):", "def coords(heads, color):", "coords() can be called with heads, spread"),
+        ("def coords(heads, metal):", "def coords(heads, metal):\n    return 3", "coords() must return a dict"),
+        ("def coords(", "coords = 3\n\n\ndef others(", "coords must be a function, not int"),
+        ('"label": "mint", ', "", "reference() must return {'label': text"),
+        ('"bias": 0.25', '"bias": "much"', "reference() must return"),
+        ('"bias": 0.25', '"bias": []', "reference() must return"),
+        ('"bias of the coin (log-odds)"', "3", "labels must be a dict from names to words"),
+        ('("throw",)', "3", "dims must be a dict from names to names of dims"),
+        ('"num_prior": 20', '"num_prior": -20', "num_prior among defaults is -20"),
+        ('{"num_samples": 70}', "70", "laplace among defaults must be a dict"),
+        ("defaults = {", "defaults = 3 or {", "defaults must be a dict"),
+    ],
+)
+def test_a_part_that_is_none_gets_one_line(model: Path, old: str, new: str, words: str) -> None:
+    text = model.read_text()
+    assert old in text
+    model.write_text("from __future__ import annotations\n" + text.split('"""\n', 1)[1].replace(old, new))
+    assert words in refused("fit", model, "--engine", "laplace", "--out", model.with_suffix(".nc"))
+    assert not model.with_suffix(".nc").exists()
+
+
+def test_reference_values_may_be_tensors_and_a_title_may_be_blank(model: Path) -> None:
+    text = model.read_text().split('"""\n', 1)[1]
+    model.write_text('""" """\n' + text.replace("[1.5, 2.5]", "torch.tensor([1.5, 2.5])"))
+    assert "2.50" in fit(model).stdout
+
+
 def test_an_error_of_pirl_in_a_model_gets_one_line(tmp_path: Path) -> None:
     path = tmp_path / "other.py"
     body = "from pirl.errors import DataError\ndef model(): ...\ndef load(): raise DataError('no\\ndata')\n"

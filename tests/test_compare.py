@@ -134,6 +134,13 @@ def test_leave_one_out_is_arviz(problem: dict[str, Any], table: pandas.DataFrame
     assert table.loo.drop([i for i in table.index if i.startswith("posterior")]).isna().all()
 
 
+def test_few_draws_have_no_leave_one_out_estimate(problem: dict[str, Any]) -> None:
+    few = problem["posterior"].isel(draw=slice(3), chain=slice(1))
+    rewards = {"few": problem["rewards"][:3]}
+    found = compare({"few": few}, problem["test"], problem["mdp"], rewards=rewards)
+    assert found.loo.isna().all() and found.log_likelihood.notna().any()
+
+
 def test_draws_alone_are_a_posterior(problem: dict[str, Any], table: pandas.DataFrame) -> None:
     found = compare({"posterior": problem["rewards"]}, problem["test"], problem["mdp"], risk_level=None)
     assert len(found) == 3 and found[["evd", "epic", "feature_gap", "time", "loo"]].isna().all(axis=None)

@@ -175,6 +175,7 @@ def test_a_malformed_bus_is_named(tmp_path: Path, bus: list[int], complaint: str
         ("1 2\n3\n", "not a matrix"),
         ("one\n", "not a matrix"),
         ("1.5\n" * 36, "fraction"),
+        ("1e300\n" * 36, r"above 1e\+09"),
     ],
 )
 def test_a_malformed_file_is_named(tmp_path: Path, text: str, complaint: str) -> None:

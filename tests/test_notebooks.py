@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 NUM_FIGURES = {"01_gridworld": 5, "02_bus_engine": 6, "03_posterior_against_point_estimates": 3,
-               "04_unknown_dynamics": 5}  # fmt: skip
+               "04_unknown_dynamics": 5, "05_calibration": 4}  # fmt: skip
 
 # Runs a notebook as a script in an interpreter of its own, and reports on every figure that it made.
 RUN = """

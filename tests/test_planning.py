@@ -229,6 +229,28 @@ def test_ties_go_to_the_action_of_the_lowest_number(options: dict) -> None:
     assert bool((optimal_policy(twins, reward).policy[..., 1] == 0).all())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{"horizon": 2}, {"terminal": [2]}])
+def test_what_cannot_be_chosen_may_have_any_reward(options: dict, value: float) -> None:
+    available = torch.tensor([[True, False], [True, True], [True, True]])
+    mdp = oracle.random_mdp(0, states=3, actions=2, available=available, **options)
+    reward = torch.full((3, 2), -1.0, dtype=torch.float64)
+    odd = reward.clone()
+    odd[0, 1] = value
+    policy = available / available.sum(1, keepdim=True).double()
+    for plan in (optimal_policy, most_likely_trajectory, lambda mdp, r: (policy_value(mdp, policy, r),)):
+        for found, expected in zip(plan(mdp, odd), plan(mdp, reward), strict=True):
+            assert bool((found == expected).all())
+
+
+def test_where_all_actions_tie_the_value_is_exact() -> None:
+    """Three of them: a third is no number of a shorter type."""
+    mdp = TabularMDP(torch.ones(1, 3, 1, dtype=torch.float64), 0, discount=0.3)
+    assert optimal_policy(mdp, torch.full((1, 3), 0.25, dtype=torch.float64)).value.item() == pytest.approx(
+        0.25 / 0.7, rel=1e-15
+    )
+
+
 def test_a_shift_by_a_potential_leaves_the_optimal_policy() -> None:
     mdp = oracle.random_mdp(1, states=4, actions=3, discount=0.95)
     reward, potential = normal(4, 3), normal(4, seed=1)

@@ -19,7 +19,7 @@ from docs.reference import as_markdown, public_modules, public_names
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {"xarray.DataTree"}
 # To be taken out with their docstrings.
-TO_COME = {"pirl.infer.sampling.Sampler", "pirl.gaussian_integrals"}
+TO_COME = {"pirl.infer.sampling.Sampler", "pirl.gaussian_integrals", "verdicts"}
 ROLE = re.compile(r":(\w+):`~?([\w.]+)`")
 
 

@@ -228,6 +228,30 @@ def test_files(tmp_path: object) -> None:
         ContinuousTrajectories.from_hdf5(f"{path}/d.npz")
 
 
+@pytest.mark.parametrize("keep", [0, 4, 30, 200, -30])
+def test_a_damaged_archive_is_refused_in_one_line(tmp_path: Any, keep: int) -> None:
+    path = tmp_path / "demos.npz"
+    np.savez(path, states=np.zeros((2, 4, 1)), actions=np.zeros((2, 3, 1)))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"^[^\n]*cannot be read as a NumPy archive[^\n]*$"):
+        ContinuousTrajectories.from_npz(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"lengths": np.array([1.5, 2.0])}, "lengths must be 2 whole numbers"),
+        ({"actions": np.full((2, 3, 1), "left")}, "actions cannot be read as numbers"),
+        ({"states": np.zeros((2, 4, 1), complex)}, "states must be real numbers"),
+    ],
+)
+def test_an_archive_of_other_things_is_refused(tmp_path: Any, entries: dict[str, Any], words: str) -> None:
+    path = tmp_path / "demos.npz"
+    np.savez(path, **{"states": np.zeros((2, 4, 1)), "actions": np.zeros((2, 3, 1)), **entries})
+    with pytest.raises(InvalidTrajectoriesError, match=words):
+        ContinuousTrajectories.from_npz(path)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 

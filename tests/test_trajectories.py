@@ -238,6 +238,7 @@ def test_a_data_frame_without_last_states() -> None:
         ({"state": ["a", "b", "c"]}, r"states\[0\] cannot be read as whole numbers"),
         ({"episode": [0, None, 0]}, "column 'episode' has missing entries"),
         ({"t": [0, None, 2]}, "column 't' has missing entries"),
+        ({"t": [0, "x", 2]}, "columns episode, t cannot be put in order"),
         ({"subject": ["ann", None, "ann"]}, "column 'subject' has missing entries"),
         ({"action": [0, -1, 1]}, "trajectory 0, step 1: the action is negative or missing"),
     ],
@@ -251,6 +252,12 @@ def test_data_frames_that_are_not_episodes_are_refused(changes: dict, complaint:
 def test_a_data_frame_without_a_column_says_which() -> None:
     with pytest.raises(InvalidTrajectoriesError, match="no column 'action'; it has episode, t, state"):
         Trajectories.from_dataframe(frame(episode=[0], t=[0], state=[0]))
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    data = frame(episode=[0], t=[0], state=[0], action=[0], other=[1]).rename(columns={"other": "state"})
+    with pytest.raises(InvalidTrajectoriesError, match="several columns 'state'"):
+        Trajectories.from_dataframe(data)
 
 
 # ------------------------------------------------------------------------------------------------ other libraries

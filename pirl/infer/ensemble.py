@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import RankWarning
-from pirl.infer.batched import BatchedPotential
 from pirl.infer.hmc import Metric, Phase, Transition, transition
 from pirl.infer.ranks import Ranks
 
@@ -31,6 +31,22 @@ def default_width(num_chains: int, device: torch.device) -> int:
     return min(num_chains, CPU_WIDTH if device.type == "cpu" else GPU_WIDTH)
 
 
+@runtime_checkable
+class Evaluator(Protocol):
+    """The potential of one block of chains: U, its gradient, and the log-likelihood, at ``[width, D]``."""
+
+    width: int
+
+    @property
+    def recorded(self) -> bool:
+        """Whether several threads may call at once."""
+
+    def __call__(
+        self, vectors: Float[Tensor, "B D"], temperature: Float[Tensor, " B"] | None = None, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Evaluate."""
+
+
 class Ensemble:
     """Evaluate and move ``num_chains`` chains.
 
@@ -40,7 +56,7 @@ class Ensemble:
         ranks: the processes that share them.
     """
 
-    def __init__(self, target: BatchedPotential, num_chains: int, ranks: Ranks) -> None:
+    def __init__(self, target: Evaluator, num_chains: int, ranks: Ranks) -> None:
         self.target, self.num_chains, self.ranks = target, num_chains, ranks
         width = target.width
         blocks = [slice(start, min(start + width, num_chains)) for start in range(0, num_chains, width)]

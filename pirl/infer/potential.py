@@ -72,7 +72,7 @@ def _base(fn: Any) -> Any:
     return fn
 
 
-def _kind(message: Mapping[str, Any]) -> str:
+def kind_of(message: Mapping[str, Any]) -> str:
     """Sort a sample message into the kinds of :class:`Site`, and "plate" for the index of a plate."""
     if isinstance(message["fn"], _Subsample):
         return "plate"
@@ -127,6 +127,7 @@ class _Evaluate(Messenger):
         self.log_prior: Tensor | float = 0.0
         self.log_likelihood: Tensor | float = 0.0
         self.record: dict[str, Values] | None = None
+        self.factors: Values = {}
         if record:
             self.record = {"posterior": {}, "log_prior": {}, "log_likelihood": {}}
 
@@ -145,13 +146,15 @@ class _Evaluate(Messenger):
     def _postprocess_message(self, message: Any) -> None:
         if message["type"] != "sample":
             return
-        kind, name = _kind(message), message["name"]
+        kind, name = kind_of(message), message["name"]
         if kind == "latent":
             self.log_prior = self.log_prior + _total(message)
         elif kind in ("observed", "factor"):
             self.log_likelihood = self.log_likelihood + _total(message)
         if self.record is None:
             return
+        if kind == "factor":
+            self.factors[name] = _pointwise(message)
         if kind in ("latent", "deterministic"):
             self.record["posterior"][name] = message["value"]
         if kind in ("latent", "observed"):
@@ -167,7 +170,7 @@ class _Simulate(Messenger):
         self.drawn: Values = {}
 
     def _process_message(self, message: Any) -> None:
-        if message["type"] != "sample" or (kind := _kind(message)) in ("plate", "deterministic", "factor"):
+        if message["type"] != "sample" or (kind := kind_of(message)) in ("plate", "deterministic", "factor"):
             return
         if kind == "observed":
             message["value"], message["is_observed"] = None, False
@@ -175,7 +178,7 @@ class _Simulate(Messenger):
             message["value"], message["done"] = self.values[message["name"]], True
 
     def _postprocess_message(self, message: Any) -> None:
-        if message["type"] == "sample" and _kind(message) in ("latent", "deterministic"):
+        if message["type"] == "sample" and kind_of(message) in ("latent", "deterministic"):
             self.drawn[message["name"]] = message["value"]
 
 
@@ -230,11 +233,15 @@ class Potential:
         return torch.as_tensor(evaluation.log_prior), torch.as_tensor(evaluation.log_likelihood)
 
     def replay(self, values: Mapping[str, Tensor], unconstrained: bool = True) -> dict[str, Values]:
-        """Report one draw: groups "posterior", "log_prior", "log_likelihood", and "stats" with the log density "lp"."""
+        """Report one draw: groups "posterior", "log_prior", "log_likelihood", and "stats".
+
+        The statistics are the log density "lp", and "log_likelihood", what of it is not the prior's: factors, too.
+        """
         with self._whole(), _Evaluate(values, unconstrained, record=True) as evaluation:
             self.model(*self.args, **self.kwargs)
         assert evaluation.record is not None
-        return {**evaluation.record, "stats": {"lp": torch.as_tensor(evaluation.log_prior + evaluation.log_likelihood)}}
+        whole = {"lp": evaluation.log_prior + evaluation.log_likelihood, "log_likelihood": evaluation.log_likelihood}
+        return {**evaluation.record, "stats": {name: torch.as_tensor(value) for name, value in whole.items()}}
 
     def simulate(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Values:
         """Run the model forwards with some latent sites given; values of all sites, the observed ones drawn anew."""
@@ -311,10 +318,11 @@ class Potential:
 
     def culprit(self, z: Mapping[str, Tensor]) -> str:
         """Say in words which site makes the log density or its gradient at ``z`` not finite, or steepest."""
-        with torch.no_grad():
-            groups = self.replay(z)
-        for group in ("log_prior", "log_likelihood"):
-            for name, value in groups[group].items():
+        with torch.no_grad(), self._whole(), _Evaluate(z, unconstrained=True, record=True) as evaluation:
+            self.model(*self.args, **self.kwargs)
+        assert evaluation.record is not None
+        for terms in (evaluation.record["log_prior"], evaluation.record["log_likelihood"], evaluation.factors):
+            for name, value in terms.items():
                 if not torch.isfinite(value).all():
                     return f"the log density of site {name!r} is {float(value.sum())}"
         _, slopes = self.gradient(z)
@@ -363,14 +371,14 @@ def _survey_once(
             if isinstance(reason, PirlError):
                 raise reason from None
             reason = reason.__cause__ or reason.__context__
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise
         raise ModelError(
             f"the model cannot be evaluated at a draw from its prior: {str(error).splitlines()[0]}"
         ) from error
     sites = {}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or (kind := _kind(node)) == "plate":
+        if node["type"] != "sample" or (kind := kind_of(node)) == "plate":
             continue
         fn, value = node["fn"], node["value"]
         dims = node["infer"].get("dims", getattr(fn, "event_dim_names", ()))
@@ -404,7 +412,7 @@ def _refuse(trace: pyro.poutine.Trace, subsampling: bool) -> tuple[list[str], li
                 )
         if node["type"] != "sample":
             continue
-        fn, kind = node["fn"], _kind(node)
+        fn, kind = node["fn"], kind_of(node)
         if "/" in name:
             raise ModelError(f"the name of site {name!r} contains '/', which separates groups in the result: rename it")
         if kind == "plate":

@@ -14,6 +14,7 @@ from pirl.plots.maps import (
     plot_reward_summary,
 )
 from pirl.plots.posterior import plot_density, plot_forest, plot_joint, plot_posterior
+from pirl.plots.studies import plot_ranks, plot_recovery
 from pirl.plots.style import BLUE, OKABE_ITO, ORANGE
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "plot_occupancy",
     "plot_policy",
     "plot_posterior",
+    "plot_ranks",
+    "plot_recovery",
     "plot_reward_map",
     "plot_reward_posterior",
     "plot_reward_summary",

@@ -1,0 +1,315 @@
+"""``pirl.calibrate``: are the posteriors of a model what they claim to be? Simulation-based calibration, and recovery.
+
+Parameters are drawn from the prior, demonstrations from the model with those parameters, draws from the posterior given
+those demonstrations; again and again. If model and engine are right the rank of the truth among the draws is uniform,
+for every function of parameters and data (Talts, Betancourt, Simpson, Vehtari and Gelman 2018; Modrak et al. 2023).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from pirl.errors import InterruptedWarning, ModelError, OptionError, PirlError
+from pirl.fit import check_options, engine_options
+from pirl.infer import get_engine
+from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
+from pirl.infer.datatree import Named, check_names, planned, to_datatree
+from pirl.infer.engine import one_thread, progress_bar
+from pirl.infer.ranks import Ranks, join
+from pirl.infer.replicated import run_all
+from pirl.replicates import QUANTILES, Comparison, DrawData, Quantity, Study
+from pirl.setting import Setting, own_keywords
+
+if TYPE_CHECKING:
+    import xarray
+
+SIZES: dict[str, dict[str, int]] = {
+    "chees": {"num_chains": 32, "num_warmup": 150, "num_samples": 40},
+    "nuts": {"num_chains": 1, "num_warmup": 200, "num_samples": 500},
+    "smc": {"num_chains": 1, "num_warmup": 0, "num_samples": 512},
+    "svi": {"num_chains": 1, "num_warmup": 0, "num_samples": 200},
+    "laplace": {"num_chains": 1, "num_warmup": 0, "num_samples": 200},
+}
+"""What suits many posteriors of which only some hundred draws are looked at: fewer than :func:`pirl.fit` makes."""
+
+AT_ONCE = 50
+"""Replicates that are sampled at once."""
+
+BATCHED = {"target_accept_prob", "dense_mass"}
+"""Options of chees that replicates sampled at once know."""
+
+_COLUMNS = 4 + len(QUANTILES)
+"""Numbers that are kept of each element of a quantity: rank, truth, mean, sd, quantiles."""
+
+
+def calibrate(
+    model: Callable[..., Any],
+    *args: Any,
+    num_replicates: int = 200,
+    num_draws: int = 99,
+    engine: str = "chees",
+    num_chains: int | None = None,
+    num_warmup: int | None = None,
+    num_samples: int | None = None,
+    quantities: Mapping[str, Quantity] | None = None,
+    draw_data: DrawData | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    batch: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> xarray.DataTree:
+    """Simulation-based calibration of a model with an engine.
+
+    The arguments are those of :func:`pirl.fit`; of demonstrations only the plan counts (how many, for how long, whose,
+    from which starts where those are given). Ranks are taken of each element of each latent site, of the
+    log-likelihood, of the *return gap* (what the demonstrators' policy, estimated from the data, earns more than
+    actions taken for no reason: identified, though rewards are not), and of ``quantities``.
+
+    Args:
+        model: a Pyro model with continuous latent sites and proper priors.
+        args: its arguments.
+        num_replicates: truths, each with demonstrations and a posterior of its own.
+        num_draws: draws of a posterior among which the truth is ranked, evenly spaced over its chains. With 99 there
+            are 100 ranks, and intervals of 50% and 90% are covered exactly so often. They must be nearly independent.
+        engine, num_chains, num_warmup, num_samples: how each posterior is found.
+        quantities: further test quantities by name: functions of (draws of latent and deterministic sites
+            ``[draw, *shape]`` by name, data by site) that return a tensor ``[draw, *any]``.
+        draw_data: for models that cannot say their data forwards (a ``pyro.factor``): a function of (latent sites,
+            named arguments) which returns those arguments that are data, drawn with torch's default generator. It may
+            also say that the world is not as the model thinks.
+        coords, dims: labels, and names of dims of sites and quantities, as in :func:`pirl.fit`.
+        seed: reproduces every replicate by its number.
+        device, dtype: move the arguments there first.
+        progress: show how far it is, on a terminal.
+        checkpoint: a file that replicates are saved to, every half a minute and on Ctrl-C; the same call goes on from
+            there, also to more replicates.
+        batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
+            dims left of its plates as Pyro's particles need. None: as many as suit, where the model allows it; 1: one
+            by one, as all other engines do.
+        model_kwargs: keyword arguments of the model.
+        options: options of the engine.
+
+    Returns:
+        A DataTree with the groups ``prior_sbc`` (probability integral transforms of the truths, uniform if all is
+        well, for ``arviz_plots.plot_ecdf_pit``; its draws are the replicates), ``ranks``, ``prior`` (the truths),
+        ``recovery`` (mean, sd and quantiles of the posteriors) and ``sample_stats`` (of each replicate: ess, rhat,
+        share of divergences, failed). :func:`verdicts` makes a table of it.
+
+    Ctrl-C returns the replicates so far, with a warning. Under ``torchrun`` the processes share the replicates; the
+    process of rank 0 gets the result, the others None.
+
+    Raises:
+        OptionError: an unknown engine or option, or fewer draws than ``num_draws``.
+        ModelError: the model cannot be simulated from, or an engine cannot sample it.
+        CheckpointError: the checkpoint is damaged, belongs to another study, or cannot be written.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos, mdp, features, num_replicates=200, seed=1)
+        >>> arviz_plots.plot_ecdf_pit(study)
+        >>> pirl.verdicts(study)
+    """
+    run = get_engine(engine)
+    given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
+    counts = SIZES[engine] | {name: count for name, count in given.items() if count is not None}
+    for name, count in (counts | {"num_replicates": num_replicates, "num_draws": num_draws}).items():
+        if count < (name != "num_warmup"):
+            raise OptionError(f"{name} is {count}, but must be at least {int(name != 'num_warmup')}")
+    if counts["num_chains"] * counts["num_samples"] < num_draws:
+        raise OptionError(
+            f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}"
+        )
+    kwargs, options = own_keywords(model, options, model_kwargs)
+    check_options(engine, run, options)
+    setting = Setting.of(args, kwargs, device, dtype)
+    with setting.entered(), one_thread():
+        ranks = join(setting.device)
+        study = Study(model, setting, quantities, draw_data, seed)
+        identity = {
+            "model": getattr(model, "__name__", type(model).__name__), "engine": engine, "seed": seed, **counts,
+            "num_draws": num_draws, "quantities": sorted(study.quantities),
+            **{f"option {name}": options.get(name) for name in engine_options(run)},
+        }  # fmt: skip
+
+        plan = planned(study.potential(study.draw(0)), dims or {})
+        check_names(plan, coords or {})
+
+        def one(number: int) -> Comparison:
+            truth = study.draw(number)
+            potential = study.potential(truth)
+            draws = run(potential, **counts, seed=study.engine_seed(number), progress=False, **options)
+            if draws.attrs.get("interrupted") == "True":
+                raise KeyboardInterrupt
+            return study.compare(number, truth, potential, draws, num_draws)
+
+        def many(numbers: Sequence[int]) -> list[Comparison]:
+            truths = [study.draw(number) for number in numbers]
+            potentials = [study.potential(truth) for truth in truths]
+            data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
+            chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
+            found = run_all(potentials, model, data, **chains)
+            return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
+
+        fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED
+        if batch is not None and batch > 1 and not fits:
+            raise OptionError(
+                f"batch={batch} needs engine 'chees', no draw_data=, and of its options {sorted(BATCHED)} only"
+            )
+        rows = _Rows(study, num_replicates, ranks, (batch or AT_ONCE) if fits else 1, must=batch is not None)
+        rows.fill(one, many, checkpoint, identity, progress)
+        found = rows.gathered()
+        if not ranks.leads:
+            return None  # type: ignore[return-value]
+    names = {name: layout for name, (layout, _) in plan["posterior"].items()} | dict(dims or {})
+    groups = _groups(found, rows.shapes, num_draws, names, seed)
+    attrs: dict[str, str | int | float] = {
+        "inference_library": "pirl", "model": str(identity["model"]), "engine": engine, "seed": seed, **counts,
+        "num_draws": num_draws, "num_replicates": len(found),
+        **({"failures": "; ".join(rows.reasons[:3])} if rows.reasons else {}),
+    }  # fmt: skip
+    used = {dim for group in groups.values() for layout, _ in group.values() for dim in layout}
+    return to_datatree(groups, {dim: labels for dim, labels in (coords or {}).items() if dim in used}, attrs)
+
+
+class _Rows:
+    """What replicates found, a row of numbers each: this process's own, and those of all at the end.
+
+    Args:
+        batch: replicates that are sampled at once; where that fails, one by one, unless it ``must`` be.
+    """
+
+    def __init__(self, study: Study, num_replicates: int, ranks: Ranks, batch: int, must: bool) -> None:
+        self.study, self.num_replicates, self.ranks, self.batch, self.must = study, num_replicates, ranks, batch, must
+        # Every so-many-th, so that a study of more replicates has the same first ones.
+        self.numbers = range(ranks.rank, num_replicates, ranks.size)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.done: list[np.ndarray] = []
+        self.reasons: list[str] = []
+
+    def fill(
+        self,
+        one: Callable[[int], Comparison],
+        many: Callable[[Sequence[int]], list[Comparison]],
+        path: str | os.PathLike[str] | None,
+        identity: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        """Make the replicates that are missing, saving them on the way."""
+        checkpoint = self._open(path, {**identity, "batch": self.batch})
+        with progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads) as update:
+            try:
+                while missing := self.numbers[len(self.done) :][: self.batch]:
+                    if len(missing) == 1 or not self._add_all(many, missing):
+                        for number in missing:
+                            self._add(one, number)
+                    update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
+                    if checkpoint is not None and checkpoint.due:
+                        checkpoint.save(self._arrays())
+            except KeyboardInterrupt:
+                if not self.done:
+                    raise
+                again = f"; the same call goes on from {path}" if checkpoint else ""
+                warnings.warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning, stacklevel=4)
+            finally:
+                if checkpoint is not None and self.done:
+                    checkpoint.save(self._arrays())
+
+    def _add_all(self, many: Callable[[Sequence[int]], list[Comparison]], numbers: Sequence[int]) -> bool:
+        """Make replicates at once; False where that cannot be done."""
+        try:
+            results = many(numbers)
+        except ModelError:
+            if self.must and not self.done:
+                raise
+            return False
+        for found in results:
+            self._keep(found)
+        return True
+
+    def _add(self, one: Callable[[int], Comparison], number: int) -> None:
+        try:
+            self._keep(one(number))
+        except PirlError as error:
+            if not self.done:  # as the others will
+                raise
+            self.reasons.append(f"replicate {number}: {error}")
+            self.done.append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
+
+    def _keep(self, found: Comparison) -> None:
+        if not self.done:
+            self.shapes = {name: x.truth.shape for name, x in found.quantities.items()}
+        columns = [column.reshape(-1).astype(float) for x in found.quantities.values() for column in x]
+        self.done.append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
+
+    def _open(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> Checkpoint | None:
+        if path is None:
+            return None
+        own = os.fspath(path) + (f".{self.ranks.rank}" if self.ranks.size > 1 else "")
+        potential = self.study.potential(self.study.draw(0))
+        checkpoint = open_checkpoint(own, potential, {**identity, "processes": self.ranks.size})
+        if (arrays := checkpoint.load()) is not None:
+            told = json.loads(arrays["layout"].item())
+            self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
+            self.reasons = told["reasons"]
+            saved = len(arrays["rows"])
+            # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
+            kept = len(self.numbers) if saved >= len(self.numbers) else saved // self.batch * self.batch
+            self.done = list(arrays["rows"][:kept])
+        return checkpoint
+
+    def _arrays(self) -> Arrays:
+        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons})
+        return {"step": np.array(len(self.done)), "rows": np.stack(self.done), "layout": np.array(layout)}
+
+    def gathered(self) -> Float[np.ndarray, "R width"]:
+        """The rows of all processes, in the order of the replicates."""
+        whole = len(range(0, self.num_replicates, self.ranks.size))
+        own = torch.full((whole, len(self.done[0])), torch.nan, dtype=torch.float64, device="cpu")
+        own[: len(self.done)] = torch.from_numpy(np.stack(self.done))
+        # Where processes talk to each other.
+        every = self.ranks.gather(own.to(torch.empty(0).device), [whole] * self.ranks.size).cpu()
+        rows = every.reshape(self.ranks.size, whole, -1).transpose(0, 1).flatten(0, 1).numpy()
+        return rows[~np.isnan(rows[:, -1])]  # made, though perhaps failed
+
+
+def _groups(
+    rows: Float[np.ndarray, "R width"],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_draws: int,
+    dims: Mapping[str, Sequence[str | None]],
+    seed: int,
+) -> dict[str, Named]:
+    """The groups of the result, from what :class:`_Rows` keeps."""
+    groups: dict[str, Named] = {name: {} for name in ("prior_sbc", "ranks", "prior", "recovery")}
+    luck = np.random.default_rng(seed)
+    start = 0
+    for name, shape in shapes.items():
+        names = tuple(dims.get(name, ()))
+        names = (*(None,) * (len(shape) - len(names)), *names)
+        stop = start + _COLUMNS * int(np.prod(shape))
+        part = rows[:, start:stop].reshape(1, len(rows), _COLUMNS, *shape)
+        start = stop
+        rank, truth, moments = part[:, :, 0], part[:, :, 1], part[:, :, 2:]
+        over = ("chain", "draw", *names)
+        groups["prior_sbc"][name] = (over, (rank + luck.random(rank.shape)) / (num_draws + 1))
+        groups["ranks"][name] = (over, rank)
+        groups["prior"][name] = (over, truth)
+        groups["recovery"][name] = (("chain", "draw", "summary", *names), moments)
+    summary = ["mean", "sd", *(f"q{round(100 * q)}" for q in QUANTILES)]
+    groups["recovery"]["summary"] = (("summary",), np.array(summary))
+    columns = dict(zip(("ess", "rhat", "divergences", "failed"), rows[:, start:].T, strict=True))
+    groups["sample_stats"] = {name: (("chain", "draw"), value[None]) for name, value in columns.items()}
+    return groups

@@ -1,0 +1,113 @@
+"""Calibration studies: how ranks of the truth are distributed, and how well the truth is recovered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from pirl.convergence import element_names
+from pirl.errors import OptionError
+from pirl.plots.style import BLUE, ORANGE, new_figure
+from pirl.replicates import LOG_LIKELIHOOD
+from pirl.uniformity import band, shares_below
+
+if TYPE_CHECKING:
+    import xarray
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_PANELS = 24
+
+
+def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
+    """Draw how far the ranks of each test quantity are from uniform, and how far they may be.
+
+    A panel a quantity: by how much the share of replicates whose truth lies below a share of the posterior exceeds that
+    share, with the band that holds all lines of a sound study with probability ``level`` (each panel's band is wide
+    enough for the number of panels). A line above 0 on the left and below 0 on the right is a posterior too narrow;
+    the reverse, too wide; above 0 throughout, too high; below, too low. Lines that leave their band are orange.
+
+    Args:
+        study: what :func:`pirl.calibrate` returned.
+
+    Raises:
+        OptionError: there are more than 24 elements; name fewer quantities, as ``study[...]`` or in the model.
+    """
+    ranks = _elements(study, "ranks")
+    num_draws = int(study.attrs["num_draws"])
+    some = next(iter(ranks.values()))
+    inside = band(len(some), num_draws, 1 - (1 - level) / len(ranks))
+    figure, panels = _panels(list(ranks))
+    for ax, (name, rank) in zip(panels, ranks.items(), strict=True):
+        share = shares_below(rank.astype(int), num_draws)
+        out = bool(((share < inside.lower - 1e-9) | (share > inside.upper + 1e-9)).any())
+        lower, upper = inside.lower - inside.grid, inside.upper - inside.grid
+        ax.fill_between(inside.grid, lower, upper, color="0.85", linewidth=0, label=f"{level:.0%} band")
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        ax.plot(inside.grid, share - inside.grid, color=ORANGE if out else BLUE, linewidth=1.5)
+        ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
+    figure.supxlabel("share of the posterior below", fontsize="medium")
+    figure.supylabel("share of truths there, less that", fontsize="medium")
+    figure.suptitle(_title(study), fontsize="medium")
+    return figure
+
+
+def plot_recovery(study: xarray.DataTree) -> Figure:
+    """Draw what the posterior says against the truth, for each parameter: mean and 90% interval a replicate.
+
+    On the diagonal the truth is recovered. Orange intervals miss it, which one in ten should. What the data do not tell
+    lies flat, at the mean of the prior.
+
+    Args:
+        study: what :func:`pirl.calibrate` returned.
+
+    Raises:
+        OptionError: there are more than 24 elements.
+    """
+    truths = {name: truth for name, truth in _elements(study, "prior").items() if name != LOG_LIKELIHOOD}
+    recovery = {name: _elements(study, "recovery", name) for name in ("mean", "q5", "q95")}
+    figure, panels = _panels(list(truths))
+    for ax, (name, truth) in zip(panels, truths.items(), strict=True):
+        low, high = recovery["q5"][name], recovery["q95"][name]
+        missed = (truth < low) | (truth > high)
+        for some, color in ((~missed, BLUE), (missed, ORANGE)):
+            ax.vlines(truth[some], low[some], high[some], color=color, linewidth=0.8, alpha=0.4)
+            ax.plot(truth[some], recovery["mean"][name][some], "o", color=color, markersize=3, linestyle="none")
+        ends = [min(truth.min(), low.min()), max(truth.max(), high.max())]
+        ax.plot(ends, ends, color="0.5", linewidth=0.8, zorder=0)
+        flat = truth.std() == 0 or recovery["mean"][name].std() == 0
+        r = np.nan if flat else np.corrcoef(truth, recovery["mean"][name])[0, 1]
+        ax.set_title(f"{name} (r = {r:.2f})", fontsize="medium")
+    figure.supxlabel("truth", fontsize="medium")
+    figure.supylabel("posterior mean, 90% interval", fontsize="medium")
+    figure.suptitle(_title(study), fontsize="medium")
+    return figure
+
+
+def _elements(study: xarray.DataTree, group: str, summary: str | None = None) -> dict[str, Float[np.ndarray, " R"]]:
+    """Each element of each quantity by its name, of the replicates that did not fail."""
+    lived = ~np.asarray(study["sample_stats"]["failed"].values, dtype=bool)[0]
+    found: dict[str, np.ndarray] = {}
+    for data in study[group].to_dataset().data_vars.values():
+        chosen = data if summary is None else data.sel(summary=summary)
+        values = chosen.values[0][lived].reshape(int(lived.sum()), -1)
+        found |= dict(zip(element_names(chosen), values.T, strict=True))
+    if len(found) > MOST_PANELS:
+        raise OptionError(
+            f"there are {len(found)} elements for {MOST_PANELS} panels at most: see pirl.verdicts instead"
+        )
+    return found
+
+
+def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    figure = new_figure(3.4 * columns + 0.4, 2.5 * rows + 0.6)
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(len(names))]
+
+
+def _title(study: xarray.DataTree) -> str:
+    count = study.attrs["num_replicates"]
+    return f"{study.attrs.get('title', study.attrs['model'])}\n{count} replicates, engine {study.attrs['engine']}"

@@ -1,0 +1,262 @@
+"""Parameters from the prior, data from the model, the posterior given those data: one replicate of a study.
+
+What a study compares are *test quantities*, functions of parameters and data, at the true parameters and at draws from
+the posterior: their ranks among the draws are uniform if the posterior is what it claims to be (Cook, Gelman and Rubin
+2006; Talts et al. 2018). Ranks of parameters alone miss faults that a quantity of the data shows, such as a posterior
+that ignores them (Modrak et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pirl.convergence import ess_bulk, rhat
+from pirl.errors import ModelError, OptionError, PirlError
+from pirl.infer.datatree import replay_draws
+from pirl.infer.engine import Draws, derive_seed, own_generator
+from pirl.infer.potential import NO_DENSITY, Potential, Values
+from pirl.mdp import TabularMDP
+from pirl.planning import policy_value
+from pirl.posterior import rewards_at, trajectory_laws
+from pirl.setting import Setting, bound
+
+Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+"""(draws of latent and deterministic sites ``[D, *shape]``, data by site) -> ``[D, *any]``."""
+
+DrawData = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
+"""(latent sites, named arguments of the model, nothing observed) -> those that are data, drawn by torch's generator."""
+
+LOG_LIKELIHOOD, RETURN_GAP = "log_likelihood", "return_gap"
+
+_ATTEMPTS = 100
+_TRUTHS, _ENGINES = 1000, 1001
+"""Streams of random numbers: of truth and data of a replicate, and of its engine."""
+
+
+class Truth(NamedTuple):
+    """Parameters that a replicate's data were drawn with."""
+
+    latent: Values
+    data: Values
+    """Values of the observed sites; empty where ``arguments`` carry them."""
+    arguments: dict[str, Any]
+    """Arguments of the model, by name, that replace its own."""
+    refused: int
+    """Draws from the prior for which the model had no law."""
+
+
+class Ranked(NamedTuple):
+    """A test quantity: its truth among draws from the posterior."""
+
+    rank: Int[np.ndarray, "*shape"]
+    """Draws below the truth; ties are broken at random."""
+    truth: Float[np.ndarray, "*shape"]
+    mean: Float[np.ndarray, "*shape"]
+    sd: Float[np.ndarray, "*shape"]
+    quantiles: Float[np.ndarray, "5 *shape"]
+
+
+class Comparison(NamedTuple):
+    """A replicate: truth and posterior, by test quantity, and how well its chains did."""
+
+    quantities: dict[str, Ranked]
+    ess: float
+    """The least bulk effective sample size of the unconstrained parameters."""
+    rhat: float
+    """The largest R-hat of them."""
+    divergences: float
+    """Share of divergent transitions."""
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Study:
+    """Replicates of a model: where their random numbers come from, and what is compared.
+
+    Args:
+        model: a Pyro model.
+        setting: its arguments; demonstrations among them are a plan: how many, how long, from where.
+        quantities: test quantities beside those of :meth:`compare`.
+        draw_data: draws the data, where the model cannot say them forwards (it has a ``pyro.factor``).
+        seed: reproduces every replicate by its number.
+
+    Raises:
+        ModelError: the model has no data to simulate, or a ``pyro.factor`` and no ``draw_data``.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        setting: Setting,
+        quantities: Mapping[str, Quantity] | None = None,
+        draw_data: DrawData | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.draw_data, self.seed = model, draw_data, seed
+        self.quantities = dict(quantities or {})
+        # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
+        self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
+        self.plan = bound(model, *setting.unobserved())
+
+    def draw(self, number: int) -> Truth:
+        """Parameters and data of a replicate, the same for the same number.
+
+        Raises:
+            ModelError: see :class:`Study`; or the model has no law at a hundred draws of the prior in a row.
+        """
+        with own_generator(), torch.no_grad():
+            torch.manual_seed(derive_seed(self.seed, _TRUTHS, number))
+            for refused in range(_ATTEMPTS):
+                try:
+                    return self._draw(refused)
+                except NO_DENSITY as error:  # a truth without a law is outside of the prior that the posterior has
+                    reason = error
+        raise ModelError(f"the model has no law at {_ATTEMPTS} draws from its prior: {reason}")
+
+    def _draw(self, refused: int) -> Truth:
+        trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
+        latent, data = {}, {}
+        for name, node in trace.nodes.items():
+            if node["type"] != "sample" or type(node["fn"]).__name__ == "_Subsample":
+                continue
+            fn = node["fn"]
+            if isinstance(_base(fn), pyro.distributions.Unit):
+                if self.draw_data is None:
+                    raise ModelError(
+                        f"site {name!r} is a pyro.factor, from which no data can be drawn: give draw_data=, a function "
+                        "of parameters and arguments that returns the arguments that are data"
+                    )
+            elif node["infer"].get("_deterministic") or isinstance(_base(fn), pyro.distributions.Delta):
+                continue
+            elif node["infer"].get("was_observed") or fn.support.is_discrete:
+                data[name] = node["value"]
+            else:
+                latent[name] = node["value"]
+        if self.draw_data is not None:
+            return Truth(latent, {}, dict(self.draw_data(latent, self.plan)), refused)
+        if not data:
+            raise ModelError("the model observes nothing, so that there are no data to simulate: give draw_data=")
+        return Truth(latent, data, {}, refused)
+
+    def potential(self, truth: Truth) -> Potential:
+        """The posterior given a replicate's data."""
+        if truth.arguments:
+            return Potential(self.model, (), {**bound(self.model, self.args, self.kwargs), **truth.arguments})
+        return Potential(pyro.poutine.condition(self.model, truth.data), self.args, self.kwargs)
+
+    def engine_seed(self, number: int) -> int:
+        """A seed for the engine of a replicate."""
+        return derive_seed(self.seed, _ENGINES, number)
+
+    def compare(self, number: int, truth: Truth, potential: Potential, draws: Draws, num_draws: int) -> Comparison:
+        """Ranks of the truth among ``num_draws`` draws, evenly spaced over all chains.
+
+        The quantities are the elements of each latent site (but of those that are not ``identified``), the
+        log-likelihood, and where trajectories of a TabularMDP are observed the *return gap*: by how much the
+        demonstrators' behaviour, a policy estimated from the data, earns more than actions taken for no reason. A
+        difference of returns is identified though rewards are not.
+
+        Raises:
+            OptionError: there are fewer draws, or a quantity is not a number for each draw.
+        """
+        chains, count = next(iter(draws.values.values())).shape[:2]
+        if chains * count < num_draws:
+            raise OptionError(f"{chains} chains of {count} draws are fewer than num_draws={num_draws}: take more")
+        index = torch.linspace(0, chains * count - 1, num_draws).round().long()
+        chosen = {name: value.flatten(0, 1)[index.to(value.device)][None] for name, value in draws.values.items()}
+        posterior = replay_draws(potential, Draws(chosen, draws.unconstrained))
+        replayed = potential.replay(truth.latent, unconstrained=False)
+        both = {
+            group: {name: torch.cat([replayed[group][name][None], value[0]]) for name, value in values.items()}
+            for group, values in posterior.items()
+        }
+        with own_generator():
+            torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 1)
+            found = {name: _ranked(name, x) for name, x in self._quantities(potential, both)}
+        flat = np.concatenate([value.reshape(chains, count, -1).cpu().numpy() for value in draws.values.values()], -1)
+        diverging = draws.stats.get("diverging")
+        return Comparison(
+            found,
+            ess=float(np.min(ess_bulk(flat))),
+            rhat=float(np.max(rhat(flat))),
+            divergences=0.0 if diverging is None else float(diverging.double().mean()),
+        )
+
+    def _quantities(self, potential: Potential, both: dict[str, Values]) -> Iterator[tuple[str, Tensor]]:
+        """Each test quantity at the truth and at the draws, ``[1 + D, *shape]``."""
+        values = both["posterior"]
+        for name, site in potential.latent.items():
+            if site.identified:
+                yield name, values[name]
+        yield LOG_LIKELIHOOD, both["stats"]["log_likelihood"]
+        latent = {name: values[name] for name in potential.latent}
+        yield from _return_gaps(potential, latent)
+        data = {name: site.value for name, site in potential.sites.items() if site.value is not None}
+        for name, quantity in self.quantities.items():
+            found = quantity(dict(values), data)
+            if not isinstance(found, Tensor) or len(found) != len(values[next(iter(values))]):
+                raise OptionError(f"quantity {name!r} must return a tensor [draw, ...] of as many draws as it is given")
+            yield name, found
+
+
+def _ranked(name: str, values: Tensor) -> Ranked:
+    """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles."""
+    values = values.detach().cpu().double()
+    truth, draws = values[0], values[1:]
+    if not bool(values.isfinite().all()):
+        raise ModelError(f"test quantity {name!r} is not finite at the truth or at a draw of the posterior")
+    order = torch.rand(draws.shape, dtype=draws.dtype) < torch.rand(truth.shape, dtype=draws.dtype)
+    rank = ((draws < truth) | ((draws == truth) & order)).sum(0)
+    quantiles = torch.quantile(draws, torch.tensor(QUANTILES, dtype=draws.dtype), dim=0)
+    return Ranked(*(x.numpy() for x in (rank, truth, draws.mean(0), draws.std(0), quantiles)))
+
+
+def _return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Tensor]]:
+    """By how much the demonstrators' policy earns more than the action prior, at each draw, by observed site.
+
+    Both start from p(s_1), so that shaping of the reward takes as much from one as from the other. The policy is
+    estimated by the share of each action among the decisions seen in a state, to which one decision of the prior is
+    added. Where rewards differ by episode or subject, the mean over them is taken.
+    """
+    args, kwargs = potential.args, potential.kwargs
+    first = {name: value[0] for name, value in latent.items()}
+    laws = trajectory_laws(potential.model, args, kwargs, first)
+    for name, law in laws.items():
+        seen = potential.sites[name].value
+        if seen is None:
+            continue
+        mdp = law.mdp
+        prior = torch.softmax(mdp.log_prior, -1)
+        state, action = seen[..., 0], seen[..., 1]
+        acting = action >= 0
+        counts = prior.new_zeros(prior.numel())
+        pairs = state[acting] * mdp.num_actions + action[acting]
+        counts = counts.index_add(0, pairs, torch.ones_like(pairs, dtype=counts.dtype)).reshape(prior.shape) + prior
+        policy = counts / counts.sum(-1, keepdim=True)
+        try:
+            rewards = rewards_at(potential.model, args, kwargs, latent, name)
+            if rewards.dim() > 3:
+                rewards = rewards.flatten(1, -3).mean(1)
+            gap = _expected_return(mdp, policy, rewards) - _expected_return(mdp, prior, rewards)
+        except PirlError:  # a policy that never ends, without a discount
+            continue
+        yield RETURN_GAP if len(laws) == 1 else f"{RETURN_GAP}_{name}", gap
+
+
+def _expected_return(mdp: TabularMDP, policy: Float[Tensor, "S A"], rewards: Float[Tensor, "D S A"]) -> Tensor:
+    values = policy_value(mdp, policy, rewards)
+    return (values if mdp.horizon is None else values[..., 0, :]) @ mdp.initial
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn

@@ -1,0 +1,122 @@
+"""Where a run takes place: device and dtype, as its arguments say, and the global state of torch and Pyro meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pirl.infer.engine import own_generator
+
+
+class Setting(NamedTuple):
+    """Arguments of a model, moved to where it runs."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Setting:
+        """Take device and dtype from the first argument that has one, unless given; float64 on the CPU without any."""
+        everything = [*args, *kwargs.values()]
+        moving = device is not None or dtype is not None
+        dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
+        dtype = dtype or torch.float64
+        device = device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu"
+        device = _own_device(device)
+        return cls(
+            tuple(_moved(value, device, dtype, moving) for value in args),
+            {name: _moved(value, device, dtype, moving) for name, value in kwargs.items()},
+            device,
+            dtype,
+        )
+
+    def unobserved(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which the model simulates: nothing of the demonstrations but their plan."""
+        return _unobserved(self.args), dict(zip(self.kwargs, _unobserved(self.kwargs.values()), strict=True))
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Set torch's default dtype and device, and give Pyro an empty parameter store; restore all of them."""
+        import pyro
+
+        before = torch.get_default_dtype()
+        with ExitStack() as stack:
+            stack.callback(torch.set_default_dtype, before)
+            torch.set_default_dtype(self.dtype)
+            if self.device != torch.empty(0).device:
+                stack.enter_context(self.device)  # only where needed: it slows every call into torch
+            if self.device.type == "cuda":
+                torch.cuda.init()
+                stack.enter_context(torch.cuda.device(self.device))  # whose generator is seeded and restored
+            stack.enter_context(own_generator())
+            stack.enter_context(pyro.get_param_store().scope())
+            yield
+
+
+def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -> Any:
+    found = (getattr(value, attribute, None) for value in values)
+    return next((value for value in found if fits(value)), None)
+
+
+def _own_device(device: torch.device | str) -> torch.device:
+    """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) -> Any:
+    """Move one argument: floating tensors always follow the run; objects with ``to`` when asked, or if they differ."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).to(device=device, dtype=dtype)
+    differs = getattr(value, "dtype", dtype) != dtype or getattr(value, "device", device) != device
+    if hasattr(value, "to") and (given or differs):
+        return value.to(device=device, dtype=dtype)
+    return value
+
+
+def _unobserved(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(value.unobserved() if hasattr(value, "unobserved") else value for value in values)
+
+
+def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of the model by its parameters; a variadic parameter is numbered."""
+    signature = inspect.signature(model)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
+
+
+def own_keywords(
+    model: Callable[..., Any], options: dict[str, Any], given: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part keyword arguments of the model, which its signature names, from options of the engine."""
+    named = set(inspect.signature(model).parameters)
+    rest = {name: value for name, value in options.items() if name not in named}
+    return {name: value for name, value in options.items() if name in named} | dict(given or {}), rest

@@ -1,0 +1,157 @@
+"""What a calibration study says: a table of its test quantities, and a verdict in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pirl.convergence import element_names
+from pirl.uniformity import holm, p_values
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+SMALL = 0.05
+"""Adjusted p-value below which a quantity is called out: the chance that a sound study calls out any."""
+
+COVERED = (0.5, 0.9)
+"""Central intervals whose coverage is told."""
+
+FEW_DRAWS, BAD_RHAT, OFTEN = 0.5, 1.1, 0.05
+# R-hat of a few dozen draws a chain is often above 1.05 where nothing is wrong.
+
+
+def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
+    """Judge each test quantity of a study that :func:`pirl.calibrate` made.
+
+    Returns:
+        A row for each element of each quantity: ``p_value`` of the hypothesis that its ranks are uniform (of the
+        largest departure anywhere, exact), ``p_adjusted`` for the number of quantities (Holm 1979; a sound study has
+        any below .05 in 5% of cases), ``coverage_50`` and ``coverage_90``, the shares of truths in the central
+        intervals, ``correlation`` of truths and posterior means, ``contraction`` (1 - mean posterior variance / prior
+        variance) and ``finding``, in words.
+
+    Example:
+        >>> verdicts(study)[["p_adjusted", "finding"]]
+    """
+    import pandas
+
+    num_draws = int(study.attrs["num_draws"])
+    lived = ~_statistics(study)["failed"].astype(bool)
+    rows, index = [], []
+    for key, data in study["ranks"].data_vars.items():
+        name = str(key)
+        ranks = data.values[0][lived].reshape(lived.sum(), -1).astype(int)
+        truth = np.asarray(study["prior"][name])[0][lived].reshape(len(ranks), -1)
+        recovery = study["recovery"].to_dataset()[name].transpose("summary", "chain", "draw", ...)
+        mean, sd = (recovery.sel(summary=what).values[0][lived].reshape(len(ranks), -1) for what in ("mean", "sd"))
+        p = p_values(ranks, num_draws)
+        for element, label in enumerate(element_names(data)):
+            index.append(label)
+            rank, known = ranks[:, element], truth[:, element]
+            spread = known.var()
+            rows.append(
+                {
+                    "p_value": p[element],
+                    "p_adjusted": np.nan,
+                    **{f"coverage_{round(100 * level)}": _coverage(rank, num_draws, level) for level in COVERED},
+                    "correlation": np.corrcoef(known, mean[:, element])[0, 1] if spread > 0 else np.nan,
+                    "contraction": 1 - (sd[:, element] ** 2).mean() / spread if spread > 0 else np.nan,
+                    "finding": rank,
+                }
+            )
+    table = pandas.DataFrame(rows, index=pandas.Index(index, name="quantity"))
+    table["p_adjusted"] = holm(table["p_value"].to_numpy())
+    table["finding"] = [
+        _words(rank, num_draws) if p < SMALL else "uniform"
+        for rank, p in zip(table["finding"], table["p_adjusted"], strict=True)
+    ]
+    return table
+
+
+def is_calibrated(study: xarray.DataTree) -> bool:
+    """Whether every replicate was made, and no test quantity leaves its band."""
+    return not _statistics(study)["failed"].any() and bool((verdicts(study)["finding"] == "uniform").all())
+
+
+def print_verdicts(study: xarray.DataTree) -> None:
+    """Print the table of a study, and what to think of it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    found = verdicts(study)
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+    columns = ["p", "adjusted", "50%\ncovers", "90%\ncovers", "corre-\nlation", "contrac-\ntion"]
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+    table.add_column("ranks", no_wrap=True)
+    for label, row in found.iterrows():
+        numbers = [f"{value:.3f}" for value in row.iloc[:2]] + [f"{value:.2f}" for value in row.iloc[2:-1]]
+        table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
+    Console(highlight=False).print(table)
+    print()
+    for line in words(study, found):
+        print(line)
+
+
+def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
+    """The verdict, line by line: first the ranks, then what casts doubt on the study itself."""
+    stats = _statistics(study)
+    lived = ~stats["failed"].astype(bool)
+    count, num_draws = int(lived.sum()), int(study.attrs["num_draws"])
+    out = found[found["finding"] != "uniform"]
+    engine = study.attrs["engine"]
+    margin = 1.96 * 0.5 / np.sqrt(count)
+    if len(out):
+        names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
+        lines = [
+            f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or the chains are too short."
+        ]
+    else:
+        lines = [
+            f"Calibrated, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay in their "
+            f"band (shares are known to +-{margin:.2f})."
+        ]
+    if not lived.all():
+        why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
+        lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")
+    few = float((stats["ess"][lived] < FEW_DRAWS * num_draws).mean())
+    if few > OFTEN:
+        lines.append(
+            f"{few:.0%} of the posteriors have fewer than {FEW_DRAWS * num_draws:.0f} independent draws for "
+            f"num_draws={num_draws}, which makes ranks too extreme: take more samples, or fewer num_draws."
+        )
+    torn = float((stats["rhat"][lived] > BAD_RHAT).mean())
+    if torn > OFTEN:
+        lines.append(f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer.")
+    diverging = float((stats["divergences"][lived] > 0).mean())
+    if diverging > OFTEN:
+        lines.append(f"{diverging:.0%} of the posteriors have divergent transitions.")
+    return lines
+
+
+def _statistics(study: xarray.DataTree) -> dict[str, np.ndarray]:
+    """What is known of each replicate."""
+    return {str(name): data.values[0] for name, data in study["sample_stats"].data_vars.items()}
+
+
+def _coverage(rank: np.ndarray, num_draws: int, level: float) -> float:
+    """Share of truths in the central interval that holds ``level`` of the ranks."""
+    tail = (1 - level) / 2 * (num_draws + 1)
+    return float(((rank >= tail - 1e-9) & (rank < num_draws + 1 - tail - 1e-9)).mean())
+
+
+def _words(rank: np.ndarray, num_draws: int) -> str:
+    """How ranks depart from uniformity: in the mean, or in the spread, whichever is further out."""
+    place = (rank + 0.5) / (num_draws + 1) - 0.5
+    shift = place.mean() * np.sqrt(12 * len(rank))
+    spread = ((place**2).mean() - 1 / 12) * np.sqrt(180 * len(rank))
+    if max(abs(shift), abs(spread)) < 2:
+        return "another shape"
+    if abs(shift) >= abs(spread):
+        return "posterior too low" if shift > 0 else "posterior too high"
+    return "posterior too narrow" if spread > 0 else "posterior too wide"

@@ -1,0 +1,405 @@
+"""``pirl.calibrate``: sound posteriors pass, unsound ones are called what they are, and studies can be resumed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import pirl
+from pirl.cli import app
+from pirl.envs import gridworld, gridworld_features
+from pirl.errors import CheckpointError, InterruptedWarning, ModelError, NonFiniteError, OptionError
+from pirl.infer import Potential
+from pirl.infer.engine import Draws
+from pirl.infer.replicated import ReplicatedPotential, run_all
+from pirl.plots import plot_ranks, plot_recovery
+from pirl.replicates import Study
+from pirl.setting import Setting
+from pirl.verdicts import is_calibrated, verdicts, words
+
+module = sys.modules["pirl.calibrate"]  # whose name the function has
+SCALE = 0.5
+DATA = torch.zeros(4, dtype=torch.float64)
+
+
+def normal(data: Tensor) -> None:
+    """One mean, four measurements: the posterior is normal, with mean sum / (4 + SCALE^2) and known sd."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("item", len(data)):
+        pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+
+def exact(shift: float = 0.0, width: float = 1.0, blind: bool = False) -> Callable[..., Draws]:
+    """An engine for :func:`normal`: independent draws of its posterior, spoilt as asked."""
+
+    def run(potential: Potential, *, num_chains: int, num_warmup: int, num_samples: int, seed: int, **_: Any) -> Draws:
+        observed = potential.sites["x"].value
+        assert observed is not None
+        precision = 1 + len(observed) / SCALE**2
+        mean, sd = observed.sum() / SCALE**2 / precision, precision**-0.5
+        if blind:
+            mean, sd = torch.tensor(0.0), 1.0
+        noise = torch.randn(num_chains, num_samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return Draws({"mu": mean + shift * sd + width * sd * noise}, unconstrained=True)
+
+    return run
+
+
+def study(monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Draws], **options: Any) -> Any:
+    monkeypatch.setattr(module, "get_engine", lambda name: engine)
+    given: dict[str, Any] = {"num_replicates": 400, "engine": "laplace", "progress": False, **options}
+    return pirl.calibrate(normal, DATA, **given)
+
+
+# ------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_exact_posteriors_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = study(monkeypatch, exact())
+    table = verdicts(found)
+    assert list(table.index) == ["mu", "log_likelihood"] and is_calibrated(found)
+    for level in (50, 90):
+        share = level / 100
+        assert table.loc["mu", f"coverage_{level}"] == pytest.approx(
+            share, abs=4.5 * (share * (1 - share) / 400) ** 0.5
+        )
+    # Posterior variance 1 / 17 of a prior variance 1: known to the error of 400 truths' variance.
+    assert table.loc["mu", "contraction"] == pytest.approx(1 - 1 / 17, abs=4.5 * (2 / 400) ** 0.5 / 17)
+    assert table.loc["mu", "correlation"] == pytest.approx((1 - 1 / 17) ** 0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "finding"),
+    [
+        (exact(shift=0.4), "posterior too high"),
+        (exact(shift=-0.4), "posterior too low"),
+        (exact(width=0.7), "posterior too narrow"),
+        (exact(width=1.5), "posterior too wide"),
+    ],
+)
+def test_unsound_posteriors_are_called_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, spoilt: Callable[..., Draws], finding: str
+) -> None:
+    found = study(monkeypatch, spoilt)
+    assert verdicts(found).loc["mu", "finding"] == finding
+    assert not is_calibrated(found)
+    assert finding in words(found, verdicts(found))[0]
+
+
+def test_a_posterior_that_ignores_the_data_is_seen_by_the_log_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior ranks its own draws uniformly; only a quantity of parameters and data shows it (Modrak et al. 2023)."""
+    table = verdicts(study(monkeypatch, exact(blind=True)))
+    assert table.loc["mu", "finding"] == "uniform"
+    assert table.loc["log_likelihood", "finding"] == "posterior too low"  # of the truth's log-likelihood
+
+
+def test_ties_are_broken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    sign = {"sign": lambda draws, data: (draws["mu"] > data["x"].mean()).double()}
+    table = verdicts(study(monkeypatch, exact(), quantities=sign))
+    assert table.loc["sign", "finding"] == "uniform"
+
+
+def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = study(monkeypatch, exact(), num_replicates=20)
+    assert found.attrs["num_replicates"] == 20
+    pit, rank = found["prior_sbc"]["mu"], found["ranks"]["mu"]
+    assert pit.dims == ("chain", "draw") and pit.shape == (1, 20)
+    assert np.array_equal(np.floor(pit.values * 100), rank.values)
+    recovery = found["recovery"]["mu"]
+    assert list(recovery["summary"].values) == ["mean", "sd", "q5", "q25", "q50", "q75", "q95"]
+    low, high = recovery.sel(summary="q5").values, recovery.sel(summary="q95").values
+    inside = (found["prior"]["mu"].values > low) & (found["prior"]["mu"].values < high)
+    assert np.array_equal(inside[(rank > 5) & (rank < 94)], np.ones(int(((rank > 5) & (rank < 94)).sum()), bool))
+
+
+def test_arviz_draws_it_and_so_does_pirl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from arviz_plots import plot_ecdf_pit
+
+    found = study(monkeypatch, exact(width=0.5), num_replicates=100)
+    plot_ecdf_pit(found, backend="none")
+    for draw, panels in ((plot_ranks, 2), (plot_recovery, 1)):
+        figure = draw(found)
+        figure.savefig(tmp_path / "figure.png")
+        assert len(figure.axes) == panels
+    titles = [ax.get_title() for ax in plot_ranks(found).axes]
+    assert titles[0] == "mu (leaves the band)"
+
+
+# ------------------------------------------------------------------------------------------------- truths and data
+
+
+def test_replicates_are_the_same_for_the_same_number_and_leave_the_generator() -> None:
+    setting = Setting.of((DATA,), {})
+    with setting.entered():
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        first, again, other = (
+            Study(normal, setting).draw(3),
+            Study(normal, setting).draw(3),
+            Study(normal, setting).draw(4),
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.data["x"], again.data["x"]) and not torch.equal(first.data["x"], other.data["x"])
+
+
+def test_what_cannot_be_simulated_is_refused() -> None:
+    def factored(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.factor("likelihood", -(mu - data).square().sum())
+
+    def blind(data: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ModelError, match="draw_data"):
+        pirl.calibrate(factored, DATA, engine="laplace", num_replicates=2)
+    with pytest.raises(ModelError, match="observes nothing"):
+        pirl.calibrate(blind, DATA, engine="laplace", num_replicates=2)
+
+    def draw_data(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"data": parameters["mu"] + 0.5**0.5 * torch.randn_like(arguments["data"])}
+
+    # Demonstrations reach draw_data as a plan: as long as they were to be watched, not as they were.
+    def planned(demos: pirl.Trajectories) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        assert demos.as_tensor() is not None
+        pyro.factor("likelihood", mu * demos.as_tensor()[0, 0, 0])
+
+    def redraw(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+        assert arguments["demos"].as_tensor() is None and arguments["demos"].lengths.tolist() == [5]
+        return {"demos": pirl.Trajectories([[0]], [[0]])}
+
+    short = pirl.Trajectories([[0]], [[0]], limits=[5])
+    assert Study(planned, Setting.of((short,), {}), draw_data=redraw).draw(0).arguments["demos"] is not None
+
+    found = pirl.calibrate(factored, DATA, engine="laplace", num_replicates=60, draw_data=draw_data, progress=False)
+    assert is_calibrated(found)  # exp(-(mu - x)^2) is a normal density of variance 1/2
+
+
+def test_parameters_without_a_law_are_drawn_again() -> None:
+    def partial(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if float(mu.detach()) < 0:
+            raise pirl.errors.DivergenceError("no law here")
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+    setting = Setting.of((DATA,), {})
+    with setting.entered():
+        truths = [Study(partial, setting).draw(number) for number in range(40)]
+    assert all(float(truth.latent["mu"]) >= 0 for truth in truths)
+    assert sum(truth.refused for truth in truths) > 10
+
+
+def test_options_out_of_range_are_named() -> None:
+    for wrong, named in [
+        ({"num_replicates": 0}, "num_replicates"),
+        ({"num_chains": 1, "num_samples": 5}, "num_draws"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"batch": 4}, "batch"),
+        ({"coords": {"item": ["a"]}}, "item"),
+        ({"quantities": {"odd": lambda draws, data: 1.0}}, "odd"),
+    ]:
+        with pytest.raises(OptionError, match=named):
+            pirl.calibrate(normal, DATA, engine="laplace", progress=False, **wrong)
+
+
+def failing(every: int) -> Callable[..., Draws]:
+    sound, calls = exact(), [0]
+
+    def run(potential: Potential, **options: Any) -> Draws:
+        calls[0] += 1
+        if calls[0] % every == 0:
+            raise NonFiniteError("no start")
+        return sound(potential, **options)
+
+    return run
+
+
+def test_failures_are_counted_and_no_study_with_failures_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = study(monkeypatch, failing(5), num_replicates=50)
+    assert int(found["sample_stats"]["failed"].sum()) == 10
+    assert not is_calibrated(found)
+    assert "10 of 50 replicates failed: replicate 4: no start" in " ".join(words(found, verdicts(found)))
+    with pytest.raises(NonFiniteError):  # what fails at once will always fail
+        study(monkeypatch, failing(1), num_replicates=5)
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def interrupted_after(count: int) -> Callable[..., Draws]:
+    sound, calls = exact(), [0]
+
+    def run(potential: Potential, **options: Any) -> Draws:
+        calls[0] += 1
+        if calls[0] > count:
+            raise KeyboardInterrupt
+        return sound(potential, **options)
+
+    return run
+
+
+def test_a_study_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = study(monkeypatch, exact(), num_replicates=12)
+    path = tmp_path / "study.ckpt"
+    with pytest.warns(InterruptedWarning, match="after 5 replicates"):
+        part = study(monkeypatch, interrupted_after(5), num_replicates=12, checkpoint=path)
+    assert part.attrs["num_replicates"] == 5
+    resumed = study(monkeypatch, interrupted_after(7), num_replicates=12, checkpoint=path)
+    for group in ("ranks", "prior", "recovery", "prior_sbc", "sample_stats"):
+        assert resumed[group].to_dataset().identical(whole[group].to_dataset().assign_attrs(resumed[group].attrs))
+    longer = study(monkeypatch, exact(), num_replicates=15, checkpoint=path)
+    assert longer["ranks"]["mu"][:, :12].equals(whole["ranks"]["mu"])
+    with pytest.raises(CheckpointError, match="another run"):
+        study(monkeypatch, exact(), num_replicates=12, checkpoint=path, seed=1)
+
+
+# ---------------------------------------------------------------------------------------------- many data sets at once
+
+
+def hierarchy(data: Tensor) -> None:
+    """Means of groups, a scale, and a support that is not the whole line: dims of every kind."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    base = pyro.sample("base", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("group", 3):
+        mu = pyro.sample("mu", dist.Normal(base.sum(-1), scale))
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, 0.7), obs=data)
+
+
+def problem(reading: str) -> tuple[Any, ...]:
+    mdp = gridworld(3, 3, slip=0.2, horizon=5)
+    features = gridworld_features(3, 3, num_features=2)
+    law = pirl.MaxCausalEntTrajectory if reading == "causal" else pirl.MaxEntTrajectory
+    lengths = torch.tensor([5, 5, 3, 2])
+    table = law(mdp, pirl.linear_reward(features, torch.zeros(2, dtype=mdp.dtype)), lengths=lengths).sample()
+
+    def model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> None:
+        prior = dist.Normal(0.0, 2.0).expand([features.shape[-1]]).to_event(1)
+        reward = pirl.linear_reward(features, pyro.sample("weights", prior))
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("trajectories", law(mdp, reward, lengths=demos.lengths), obs=demos.as_tensor())
+
+    return model, pirl.Trajectories(table[..., 0], table[:, :-1, 1], lengths), mdp, features
+
+
+def stacked(model: Any, args: tuple[Any, ...], count: int) -> tuple[list[Potential], dict[str, Tensor]]:
+    study = Study(model, Setting.of(args, {}))
+    truths = [study.draw(number) for number in range(count)]
+    data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
+    return [study.potential(truth) for truth in truths], data
+
+
+@pytest.mark.parametrize("case", ["hierarchy", "causal", "trajectory"])
+def test_at_once_equals_one_by_one(case: str) -> None:
+    model, *args = (hierarchy, torch.zeros(5, 3, dtype=torch.float64)) if case == "hierarchy" else problem(case)
+    with Setting.of(args, {}).entered(), pyro.validation_enabled(False):
+        potentials, data = stacked(model, tuple(args), 4)
+        probes = torch.stack([potentials[0].flatten(potentials[0].prior_draw()) for _ in range(2)])
+        target = ReplicatedPotential(potentials, model, data, probes, width=12)
+        points = torch.randn(12, potentials[0].size)
+        value, slope, _ = target(points)
+        for row, point in enumerate(points):
+            energy, gradient = potentials[row % 4].gradient(potentials[row % 4].unflatten(point))
+            torch.testing.assert_close(value[row], energy, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(slope[row], potentials[0].flatten(gradient), rtol=1e-10, atol=1e-10)
+
+
+def test_replicates_sampled_at_once_have_their_own_posteriors() -> None:
+    with Setting.of((DATA,), {}).entered():
+        potentials, data = stacked(normal, (DATA,), 20)
+        found = run_all(potentials, normal, data, num_chains=16, num_warmup=100, num_samples=100, seed=1)
+    precision = 1 + 4 / SCALE**2
+    for draws, x in zip(found, data["x"], strict=True):
+        mu = draws.values["mu"].numpy()
+        error = precision**-0.5 / pirl.convergence.ess_bulk(mu) ** 0.5
+        assert mu.mean() == pytest.approx(float(x.sum()) / SCALE**2 / precision, abs=4.5 * error)
+        assert mu.std() == pytest.approx(precision**-0.5, rel=4.5 / (2 * pirl.convergence.ess_bulk(mu**2)) ** 0.5)
+
+
+def test_models_that_mix_replicates_are_sampled_one_by_one() -> None:
+    def mixing(data: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(weights[0] + weights[1], SCALE), obs=data)
+
+    sizes = {"num_replicates": 2, "num_chains": 4, "num_warmup": 20, "num_samples": 30, "progress": False}
+    with pytest.raises(ModelError, match="data sets at once"):
+        pirl.calibrate(mixing, DATA, batch=2, **sizes)
+    assert pirl.calibrate(mixing, DATA, **sizes).attrs["num_replicates"] == 2
+
+
+# -------------------------------------------------------------------------------------------------- return differences
+
+
+def test_return_gaps_see_no_shaping() -> None:
+    """r + phi(s) - g (P phi)(s, a) earns every policy as much more from p(s_1) on, so that the gap stays."""
+    mdp = gridworld(3, 3, slip=0.2, discount=0.9)
+    generator = torch.Generator().manual_seed(0)
+    reward, phi = (torch.randn(*shape, generator=generator, dtype=mdp.dtype) for shape in ((9, 5), (9,)))
+    shaped = reward + phi[:, None] - mdp.discount * mdp.transitions.expect(phi[:, None]).reshape(9, 5)
+    lengths = torch.full((6,), 7)
+
+    def model(demos: pirl.Trajectories, mdp: pirl.TabularMDP) -> None:
+        r = pyro.sample("r", dist.Normal(torch.zeros(9, 5, dtype=mdp.dtype), 1.0).to_event(2))
+        with pyro.plate("episode", len(demos)):
+            law = pirl.MaxCausalEntTrajectory(mdp, r, lengths=demos.lengths)
+            pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+    table = pirl.MaxCausalEntTrajectory(mdp, reward, lengths=lengths).sample()
+    demos = pirl.Trajectories(table[..., 0], table[:, :-1, 1])
+    potential = Potential(model, (demos, mdp))
+    ((name, gap),) = pirl.replicates._return_gaps(potential, {"r": torch.stack([reward, shaped, 2 * reward])})
+    assert name == "return_gap"
+    torch.testing.assert_close(gap[1], gap[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gap[2], 2 * gap[0])
+    assert gap[0] > 0  # who acts by exp r earns more than who acts for no reason
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+MODEL = '''
+"""A mean."""
+import pyro, pyro.distributions as dist, torch
+
+def model(data, scale):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("item", len(data)):
+        pyro.sample("x", dist.Normal(mu, scale), obs=data)
+
+def load(count: int = 4):
+    return {"data": torch.zeros(count), "scale": 0.5}
+
+defaults = {"engine": "laplace", "num_prior": 10}
+'''
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_, warnings.catch_warnings():
+        app(["calibrate", *arguments], prog_name="pirl")
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mean.py"
+    path.write_text(MODEL)
+    names = [str(tmp_path / name) for name in ("study.nc", "ranks.png", "recovery.png")]
+    files = ["--out", names[0], "--plot", names[1], "--recovery", names[2]]
+    assert call(str(path), "--replicates", "40", *files) == 0
+    told = capsys.readouterr().out
+    assert "Calibrated, as far as 40 replicates can tell" in told and all(Path(name).is_file() for name in names)
+    monkeypatch.setattr(module, "get_engine", lambda name: exact(width=0.3))
+    assert call(str(path), "--replicates", "40") == 1
+    assert "Not calibrated: mu (posterior too narrow)" in capsys.readouterr().out
+    assert call(str(path), "--draws", "100000") == 2
+    assert "fewer than num_draws" in capsys.readouterr().err
