@@ -31,13 +31,6 @@ for page in public_modules():
         if not any(value is known for _, known in PUBLIC.values()):
             PUBLIC[f"{page.__name__}.{name}"] = (page.__name__, value)
 
-# To be taken out with the examples of these.
-TO_COME = (
-    "pirl.calibrate", "pirl.fit", "pirl.infer.chees", "pirl.linear_gaussian.", "pirl.partition.",
-    "pirl.plots.plot_ranks", "pirl.plots.plot_recovery", "pirl.simulators.", "pirl.stable", "pirl.verdicts",
-)  # fmt: skip
-PUBLIC = {name: value for name, value in PUBLIC.items() if not name.startswith(TO_COME)}
-
 
 def without_example(names: dict[str, tuple[str, Any]]) -> list[str]:
     # What is raised needs no example of its own: it is in the examples and tests of what raises it.
