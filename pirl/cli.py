@@ -6,6 +6,7 @@ What a model file is tells :mod:`pirl.model_file`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import typing
@@ -24,6 +25,7 @@ from pirl.errors import (
     ConvergenceWarning,
     InterruptedWarning,
     OptionError,
+    OutputError,
     PirlError,
     PosteriorFileError,
 )
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 INTERRUPTED = 130
+
+SEAL = b"pirl sha256 "
+SEAL_LENGTH = len(SEAL) + 64
 
 LONGEST_NAME, LONGEST_FOLDER = 230, 3000
 """Bytes; a little less than file systems take, for the name that a file has while it is written."""
@@ -333,24 +338,41 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, renamed to ``path`` when all went well: never half a file."""
+    """A name beside ``path`` to write to, renamed to ``path`` when all went well: never half a file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_posterior(posterior: xarray.DataTree, path: Path) -> None:
-    """Write a posterior to a netCDF file, compressed; what was there before stays until all is written."""
+    """Write a posterior to a netCDF file, compressed and sealed: its SHA-256 stands at the end.
+
+    HDF5 reads what comes before. What was there before stays until all is written.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     encoding = {
         group.path: {name: {"zlib": True, "complevel": 1} for name, data in group.data_vars.items() if data.size > 1000}
         for group in posterior.subtree
         if group.data_vars
     }
-    with _replacing(path) as temporary:
-        posterior.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+    # Through memory: where the disk is full, HDF5 ends the process when it closes a file that it could not write.
+    content = posterior.to_netcdf(engine="h5netcdf", encoding=encoding)
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.write(SEAL + hashlib.sha256(content).hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_posterior(path: Path) -> xarray.DataTree:
@@ -364,6 +386,7 @@ def read_posterior(path: Path) -> xarray.DataTree:
     if not path.is_file():
         raise PosteriorFileError(f"{path} is not a file: give one that `pirl fit MODEL.py --out` wrote")
     try:
+        _check_seal(path)
         with xarray.open_datatree(path, engine="h5netcdf") as tree:
             posterior = tree.load()
     except Exception:  # whatever the parts of HDF5 and xarray say of what is damaged
@@ -373,6 +396,15 @@ def read_posterior(path: Path) -> xarray.DataTree:
     if posterior.attrs.get("inference_library") != "pirl" or "posterior" not in posterior.children:
         raise PosteriorFileError(f"{path} is not a posterior of pirl: give one that `pirl fit --out` wrote")
     return posterior
+
+
+def _check_seal(path: Path) -> None:
+    """ValueError if the file ends in a seal that is not its own; files of other programs have none."""
+    with open(path, "rb") as file:
+        content = file.read()
+    body, seal = content[:-SEAL_LENGTH], content[-SEAL_LENGTH:]
+    if seal.startswith(SEAL) and seal.removeprefix(SEAL) != hashlib.sha256(body).hexdigest().encode():
+        raise ValueError("the file is not as it was written")
 
 
 def _write_plot(posterior: xarray.DataTree, path: Path) -> None:

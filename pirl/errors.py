@@ -96,6 +96,10 @@ class PosteriorFileError(PirlError, ValueError):
     """A file is not a posterior that pirl wrote, or it is damaged."""
 
 
+class OutputError(PirlError, OSError):
+    """A result could not be written; what was there before is left as it was."""
+
+
 class DataError(PirlError, ValueError):
     """A data file is missing or does not have the expected format."""
 

@@ -57,7 +57,7 @@ def exact(shift: float = 0.0, width: float = 1.0, blind: bool = False) -> Callab
 
 def study(monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Draws], **options: Any) -> Any:
     monkeypatch.setattr(module, "get_engine", lambda name: engine)
-    given: dict[str, Any] = {"num_replicates": 400, "engine": "laplace", "progress": False, **options}
+    given: dict[str, Any] = {"num_replicates": 200, "engine": "laplace", "progress": False, **options}
     return pirl.calibrate(normal, DATA, **given)
 
 
@@ -71,10 +71,10 @@ def test_exact_posteriors_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> Non
     for level in (50, 90):
         share = level / 100
         assert table.loc["mu", f"coverage_{level}"] == pytest.approx(
-            share, abs=4.5 * (share * (1 - share) / 400) ** 0.5
+            share, abs=4.5 * (share * (1 - share) / 200) ** 0.5
         )
-    # Posterior variance 1 / 17 of a prior variance 1: known to the error of 400 truths' variance.
-    assert table.loc["mu", "contraction"] == pytest.approx(1 - 1 / 17, abs=4.5 * (2 / 400) ** 0.5 / 17)
+    # Posterior variance 1 / 17 of a prior variance 1: known to the error of 200 truths' variance.
+    assert table.loc["mu", "contraction"] == pytest.approx(1 - 1 / 17, abs=4.5 * (2 / 200) ** 0.5 / 17)
     assert table.loc["mu", "correlation"] == pytest.approx((1 - 1 / 17) ** 0.5, abs=0.02)
 
 

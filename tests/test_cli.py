@@ -15,7 +15,7 @@ import xarray
 from typer.testing import CliRunner
 
 from pirl.cli import _short_warnings, app, read_posterior, write_posterior
-from pirl.errors import CheckpointWarning, PosteriorFileError
+from pirl.errors import CheckpointWarning, OutputError, PosteriorFileError
 from pirl.infer import ENGINES
 from pirl.infer.nuts import Nuts
 
@@ -385,3 +385,33 @@ def test_the_help_names_every_engine() -> None:
     for engine in ENGINES:
         assert engine in words
     assert "--checkpoint" in words
+
+
+def test_a_posterior_file_is_refused_if_a_single_bit_of_it_is_another(tmp_path: Path) -> None:
+    path = tmp_path / "posterior.nc"
+    numbers = xarray.Dataset({"mu": (("chain", "draw"), np.random.default_rng(0).normal(size=(2, 600)))})
+    tree = xarray.DataTree.from_dict({"posterior": numbers})
+    tree.attrs["inference_library"] = "pirl"
+    write_posterior(tree, path)
+    assert read_posterior(path)["posterior"].to_dataset().equals(numbers)
+    whole = path.read_bytes()
+    # HDF5 reads it as any other, with the seal behind it.
+    with xarray.open_datatree(path, engine="h5netcdf") as plain:
+        assert plain["posterior"].to_dataset().equals(numbers)
+    for bit in np.random.default_rng(1).integers(0, 8 * (len(whole) - 80), 100).tolist():
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(PosteriorFileError):
+            read_posterior(path)
+    # Where nothing more can be written the last file stays, and the error has a name.
+    path.write_bytes(whole)
+    script = (
+        "import resource, signal, sys\nfrom pathlib import Path\nfrom pirl.cli import read_posterior, write_posterior\n"
+        "path = Path(sys.argv[1])\ntree = read_posterior(path)\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\nwrite_posterior(tree, path)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert f"{OutputError.__name__}: {path} could not be written: File too large" in ended.stderr
+    assert path.read_bytes() == whole and [entry.name for entry in tmp_path.iterdir()] == ["posterior.nc"]

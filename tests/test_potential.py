@@ -14,8 +14,11 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
 from pirl import errors
+from pirl.distributions import MaxEntTrajectory
 from pirl.infer import Potential
 from pirl.infer.recorded import recorded
+from pirl.mdp import TabularMDP
+from pirl.trajectories import Trajectories
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +101,24 @@ def test_a_recorded_potential_equals_the_potential(model: Callable[[], None]) ->
         torch.testing.assert_close(replay(z), potential(z), rtol=1e-12, atol=1e-12)
         found = torch.autograd.grad(replay(z), list(z.values()))
         torch.testing.assert_close(found, tuple(potential.gradient(z)[1].values()), rtol=1e-11, atol=1e-11)
+
+
+def test_recording_a_potential_that_was_never_evaluated() -> None:
+    """Counts of trajectories are kept by whoever needs them first, and must not be a tracer's."""
+    mdp = TabularMDP(torch.full((2, 2, 2), 0.5), initial=0, horizon=2)
+    demos = Trajectories(states=[[0, 1, 1]], actions=[[0, 1]])
+
+    def model() -> None:
+        reward = pyro.sample("reward", dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2))
+        with pyro.plate("episode", 1):
+            pyro.sample("demos", MaxEntTrajectory(mdp, reward), obs=demos.as_tensor())
+
+    potential = Potential(model)
+    points = [point(potential, seed) for seed in range(3)]
+    with pyro.validation_enabled(False):
+        replay = recorded(potential, *points[:2])
+        assert replay is not None
+        torch.testing.assert_close(replay(points[2]), potential(points[2]), rtol=1e-12, atol=1e-12)
 
 
 def test_a_support_that_depends_on_another_site() -> None:

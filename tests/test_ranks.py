@@ -22,7 +22,7 @@ import xarray
 from test_checkpoint import CHEES, NUTS, ORIGINALS, RUNS, SAMPLERS, assert_same, data, model, run, whole
 
 from pirl import errors
-from pirl.infer.checkpoint import Checkpoint
+from pirl.infer.checkpoint import Checkpoint, read
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Sampler
 
@@ -69,7 +69,7 @@ def main() -> None:
         if rank == 0:
             print(f"step {step}", flush=True)
         if [rank, step] == dies:
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL) if "killed" in told else os._exit(1)
         if step == pauses:
             time.sleep(1.0)
         return ORIGINALS[type(self)](self, step)
@@ -156,6 +156,43 @@ def test_a_rank_that_dies_ends_all(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60  # of the thirty minutes that a rank waits for another
     assert re.search(r"exitcode *: 1\b", complaint)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dies"), [("three chains", [1, 24]), ("five blocks", [0, 12])])
+def test_a_rank_that_is_killed_leaves_the_last_checkpoint(name: str, dies: list[int], tmp_path: Path) -> None:
+    """The one that writes, in warm-up, or another, after it: the run goes on alone, to the same bits."""
+    path = tmp_path / "run.ckpt"
+    status, complaint = Torchrun(
+        2, runs=[name], folder=tmp_path, checkpoint=path, dies=dies, killed=True, saves=True
+    ).end()  # fmt: skip
+    assert status == 1 and "SIGKILL" in complaint
+    # Saved after each step; the one in which a rank died was not made.
+    assert int(read(path)["step"]) == dies[1]
+    assert_same(run(name, checkpoint=path), whole(name))
+
+
+@pytest.mark.slow
+def test_the_other_ranks_say_that_one_was_killed(tmp_path: Path) -> None:
+    """Without torchrun, which ends the others: each finds out by itself, and names what happened."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    told = {"runs": ["three chains"], "folder": tmp_path, "checkpoint": tmp_path / "run.ckpt", "dies": [1, 24]}
+    shared = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, json.dumps({**told, "killed": True, "saves": True}, default=str)],
+            env={**os.environ, **shared, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    complaints = [process.communicate(timeout=120)[1] for process in ranks]
+    assert ranks[1].returncode == -signal.SIGKILL and ranks[0].returncode == 1
+    assert "RankError: another process of this run has ended or does not answer" in complaints[0]
+    assert int(read(tmp_path / "run.ckpt")["step"]) == 24
+    assert_same(run("three chains", checkpoint=tmp_path / "run.ckpt"), whole("three chains"))
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def plan(mdp: pirl.TabularMDP) -> pirl.Trajectories:
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("chees", "causal", {"num_replicates": 60, "num_chains": 8, "num_warmup": 80, "num_samples": 30}),
     ("chees", "trajectory", {"num_replicates": 60, "num_chains": 8, "num_warmup": 80, "num_samples": 30}),
-    ("nuts", "trajectory", {"num_replicates": 10, "num_warmup": 60, "num_samples": 80}),
+    ("nuts", "trajectory", {"num_replicates": 6, "num_warmup": 60, "num_samples": 80}),
     ("smc", "causal", {"num_replicates": 15, "num_samples": 120}),
 ]
 

@@ -7,6 +7,7 @@ happens meanwhile, one whole checkpoint is there.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,8 @@ MAGIC = b"pirl checkpoint %d\n" % FORMAT
 DIGEST = 64
 EVERY = 30.0
 """Seconds between two checkpoints."""
+STALE = 600.0
+"""Seconds after which a file that nobody writes on is what a killed process left."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,7 +80,7 @@ class Checkpoint:
         if not self.path.exists():
             return None
         arrays = read(self.path)
-        identity, probe = json.loads(arrays.pop("identity").item()), arrays.pop("probe")
+        identity, probe = _identity(arrays.pop("identity"), self.path), arrays.pop("probe")
         for name in sorted(self.identity.keys() | identity.keys()):
             ours, theirs = self.identity.get(name), identity.get(name)
             if ours != theirs:
@@ -111,7 +115,16 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.path} could not be written: {error.strerror or error}") from error
         finally:
             partial.unlink(missing_ok=True)
+            self._sweep()
             self._saved = time.monotonic()
+
+    def _sweep(self) -> None:
+        """Remove the halves that processes left which were killed while they wrote."""
+        for name in glob.glob(f".{glob.escape(self.path.name)}.*.partial", root_dir=self.path.parent):
+            with suppress(OSError):  # another process swept it, or may not
+                partial = self.path.with_name(name)
+                if time.time() - partial.stat().st_mtime > STALE:
+                    partial.unlink()
 
 
 def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity: Mapping[str, Any]) -> Checkpoint:
@@ -186,18 +199,32 @@ def read(path: Path) -> Arrays:
         kind = f"has format {int(other[1])} of another version of pirl; this one reads format {FORMAT}" if other else ""
         raise CheckpointError(f"{path} {kind or 'is not a checkpoint of pirl'}: it is left as it is; name another file")
     body, digest = content[:-DIGEST], content[-DIGEST:]
-    damaged = f"checkpoint {path} is damaged: it is left as it is; name another file, or delete it"
+    damaged = _damaged(path)
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise CheckpointError(damaged)
     try:
         # Refuses pickles; what has the right sum and is no archive of arrays all the same was not written by save().
         with np.load(io.BytesIO(body[len(MAGIC) :]), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, OSError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of many kinds, as many as forms of nonsense
         raise CheckpointError(damaged) from error
     if not {"identity", "probe", "step"} <= arrays.keys():
         raise CheckpointError(damaged)
     return arrays
+
+
+def _damaged(path: Path) -> str:
+    return f"checkpoint {path} is damaged: it is left as it is; name another file, or delete it"
+
+
+def _identity(text: np.ndarray, path: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads(text.item())
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(_damaged(path)) from error
+    if not isinstance(identity, dict):
+        raise CheckpointError(_damaged(path))
+    return identity
 
 
 def _sync_folder(folder: Path) -> None:

@@ -75,6 +75,8 @@ def record(
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    # First, so that what is computed once and kept (counts of trajectories) is not computed by a tracer.
+    expected = tree_leaves(function(*others))
     # A folded constant must never be written to. Where a custom Function hides from torch's functionalisation, the
     # recording is taken as it is, and refused if it writes to anything.
     for pure in (torch.func.functionalize(function, remove="mutations"), function):
@@ -87,7 +89,6 @@ def record(
             continue
     else:
         return None
-    expected = tree_leaves(function(*others))
     tolerance = torch.finfo(inputs[0].dtype).eps ** 0.6
     same = (torch.allclose(a, b, tolerance, tolerance, equal_nan=True) for a, b in zip(found, expected, strict=True))
     return graph if all(same) else None
