@@ -107,7 +107,7 @@ def calibrate(
         A DataTree with the groups ``prior_sbc`` (probability integral transforms of the truths, uniform if all is
         well, for ``arviz_plots.plot_ecdf_pit``; its draws are the replicates), ``ranks``, ``prior`` (the truths),
         ``recovery`` (mean, sd and quantiles of the posteriors) and ``sample_stats`` (of each replicate: ess, rhat,
-        share of divergences, failed). :func:`verdicts` makes a table of it.
+        share of divergences, failed). :func:`pirl.verdicts` makes a table of it.
 
     Ctrl-C returns the replicates so far, with a warning. Under ``torchrun`` the processes share the replicates; the
     process of rank 0 gets the result, the others None.
@@ -118,9 +118,10 @@ def calibrate(
         CheckpointError: the checkpoint is damaged, belongs to another study, or cannot be written.
 
     Example:
-        >>> study = pirl.calibrate(model, demos, mdp, features, num_replicates=200, seed=1)
-        >>> arviz_plots.plot_ecdf_pit(study)
-        >>> pirl.verdicts(study)
+        >>> plan = demos[:5]  # how many, and for how long: what they did does not count
+        >>> study = pirl.calibrate(model, plan, mdp, features, engine="laplace", num_replicates=4, num_draws=9, seed=1)
+        >>> study["ranks"]["weights"].sizes["draw"], sorted(study.children)
+        (4, ['prior', 'prior_sbc', 'ranks', 'recovery', 'sample_stats'])
     """
     run = get_engine(engine)
     given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}

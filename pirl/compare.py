@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
+__all__ = ["COLUMNS", "compare", "print_comparison", "to_latex"]
+
 COLUMNS = {
     "log_likelihood": "held-out log-likelihood a decision",
     "log_likelihood_low": "lower",
@@ -85,7 +87,7 @@ def compare(
     reward), the predictive mixture (one reward drawn for an episode), and the policy of the largest conditional value
     at risk. A point estimate and cloning give one each, and so does the truth where it is known.
 
-    Columns (:data:`COLUMNS`; NaN where a row has none):
+    Columns (:data:`pirl.compare.COLUMNS`; NaN where a row has none):
 
     - ``log_likelihood``: mean log pi(a|s) of the held-out decisions by the *soft* policy that a row predicts (nats),
       with a bootstrap interval over episodes;
@@ -112,8 +114,15 @@ def compare(
         OptionError: an entry is none of these, or a posterior without its reward; rewards of no entry.
 
     Example:
-        >>> pirl.compare({"posterior": posterior, "maxent": estimate}, held_out, mdp,
-        ...              rewards={"posterior": pirl.reward_draws(posterior, model, demos, mdp, features)})
+        >>> estimate = pirl.baselines.maxent(demos[:20], mdp, features)
+        >>> answers = {"maxent": estimate, "cloning": pirl.baselines.cloning(demos[:20], mdp)}
+        >>> table = pirl.compare(answers, demos[20:], mdp, truth=truth)
+        >>> table[["log_likelihood", "evd"]].round(2)
+                 log_likelihood   evd
+        answer
+        maxent            -1.30  0.02
+        cloning           -1.34  7.25
+        truth             -1.29  0.00
     """
     import pandas
 
@@ -154,7 +163,19 @@ def compare(
 
 
 def to_latex(table: pandas.DataFrame, digits: int = 3) -> str:
-    """The table of :func:`compare` for a paper (with the package booktabs); columns without a number are left out."""
+    r"""The table of :func:`compare` for a paper (with the package booktabs); columns without a number are left out.
+
+    Example:
+        >>> estimate = pirl.baselines.cloning(demos[:20], mdp)
+        >>> print(to_latex(pirl.compare({"cloning": estimate}, demos[20:], mdp)))
+        \begin{tabular}{lr}
+        \toprule
+         & held-out log-likelihood a decision \\
+        \midrule
+        cloning & $-1.337$ [$-1.417$, $-1.250$] \\
+        \bottomrule
+        \end{tabular}
+    """
     kept = [column for column in table.columns if table[column].notna().any()]
     bracketed = {"log_likelihood_low", "log_likelihood_high"} <= set(kept)
     shown = [c for c in kept if not (bracketed and c.startswith("log_likelihood_")) and c != "loo_se"]
@@ -377,7 +398,19 @@ def _only(file: ModelFile, loaded: Mapping[str, Any], kind: type) -> tuple[str, 
 
 
 def print_comparison(table: pandas.DataFrame) -> None:
-    """Print the table on the terminal: what is better is explained below it."""
+    """Print the table on the terminal: what is better is explained below it.
+
+    Example:
+        >>> estimate = pirl.baselines.cloning(demos[:20], mdp)
+        >>> print_comparison(pirl.compare({"cloning": estimate}, demos[20:], mdp))
+                   log-lik.
+                 a decision          interval
+        cloning      -1.337  -1.417 to -1.250
+        <BLANKLINE>
+        log-lik. is of held-out decisions, in nats: higher is better. EVD is the return lost under the true
+        reward, EPIC the distance of the reward from it, feature gap that of expected features: lower is better.
+        A reward acts by its optimal policy; an answer that is a policy (mean, CVaR, max-margin, cloning) as it is.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -230,6 +230,9 @@ def zurcher_months(folder: str | Path, groups: str = "1-4") -> pandas.DataFrame:
     Raises:
         DataError: a file is missing or malformed, an odometer runs backwards, a replacement lies outside the readings.
         OptionError: ``groups`` is not like "4", "1-3" or "1,2".
+
+    Example:
+        >>> months = zurcher_months("my_buses", groups="4")  # doctest: +SKIP
     """
     import pandas
 

@@ -35,7 +35,15 @@ _SAMPLED_AT_ONCE = 2**23
 
 
 class TabularTrajectory(TorchDistribution):
-    """What the two readings share; use :class:`MaxCausalEntTrajectory` or :class:`MaxEntTrajectory`."""
+    """What the two readings share; use :class:`MaxCausalEntTrajectory` or :class:`MaxEntTrajectory`.
+
+    Example:
+        >>> law = pirl.MaxCausalEntTrajectory(mdp, truth, lengths=demos.lengths)
+        >>> law.batch_shape, law.event_shape
+        (torch.Size([30]), torch.Size([16, 2]))
+        >>> law.log_prob(demos.as_tensor()).shape, law.choice_log_prob(demos.as_tensor()).shape
+        (torch.Size([30]), torch.Size([30]))
+    """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.integer, 2)

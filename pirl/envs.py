@@ -132,6 +132,13 @@ class ObjectWorld(NamedTuple):
             in cells.
         reward: the true reward r(s) ``[S]``, 1, -1 or 0.
         objects: cell, inner colour and outer colour of each object ``[n, 3]``.
+
+    Example:
+        >>> world = objectworld(8, num_objects=10)
+        >>> world.mdp, world.features.shape
+        (TabularMDP(states=64, actions=5, discount=0.9), torch.Size([64, 4]))
+        >>> world.reward.unique()
+        tensor([-1.,  0.,  1.], dtype=torch.float64)
     """
 
     mdp: TabularMDP
@@ -230,6 +237,11 @@ class TabularEnvironment(NamedTuple):
         mdp: the dynamics.
         reward: expected reward r(s, a) ``[S, A]``; zero in terminal states, where Gymnasium's episodes are over.
         reward_sas: r(s, a, s') ``[S, A, S]``, zero where P(s'|s,a) is; its mean is right for the causal reading only.
+
+    Example:
+        >>> lake = from_gymnasium("FrozenLake-v1", horizon=100)
+        >>> lake.reward.shape, lake.reward_sas.shape
+        (torch.Size([16, 4]), torch.Size([16, 4, 16]))
     """
 
     mdp: TabularMDP

@@ -98,8 +98,10 @@ def fit(
         ModelError: the model is not one that the engine can sample (and its subclasses, see the engine).
 
     Example:
-        >>> posterior = pirl.fit(model, demos, mdp, features, coords={"feature": names}, seed=1)
-        >>> posterior.posterior["weights"].mean(("chain", "draw"))
+        >>> posterior = pirl.fit(model, demos, mdp, features, coords={"feature": ["a", "b", "c"]}, engine="laplace",
+        ...                      num_samples=50, num_prior=50, num_posterior_predictive=50, seed=1)
+        >>> posterior.posterior["weights"].sel(feature="a").dims, "log_likelihood" in posterior.children
+        (('chain', 'draw'), True)
     """
     began = time.perf_counter()
     run = get_engine(engine)

@@ -139,7 +139,13 @@ class Actions:
 
 
 class UniformPolicy:
-    """Every action equally likely: a base policy for :class:`Actions`."""
+    """Every action equally likely: a base policy for :class:`Actions`.
+
+    Example:
+        >>> base = UniformPolicy(Actions(4, -2.0, 2.0))
+        >>> base.log_prob(torch.zeros(1, 1), torch.tensor([[1.5]]), step=0).exp()
+        tensor([0.2500])
+    """
 
     def __init__(self, actions: Actions) -> None:
         self.actions = actions
@@ -161,6 +167,14 @@ class GridPolicy:
     Attributes:
         policy: pi_t(k|node) ``[T, S, K]``.
         values: V_t(node) ``[T, S]``.
+
+    Example:
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> learner = GridLearner(puck, Grid([-3.0], [3.0], [31]), Actions(9, -1.0, 1.0))
+        >>> policy = learner.update(lambda states, actions: -states.square().sum(-1))
+        >>> policy.policy.shape, policy.value(torch.zeros(2, 1).double(), step=0).shape
+        (torch.Size([5, 31, 9]), torch.Size([2]))
     """
 
     def __init__(
@@ -212,8 +226,13 @@ class GridLearner:
         steps_taken: steps of the simulator, ``S * K * draws``.
 
     Example:
-        >>> learner = GridLearner(simulator, Grid([-1.0, -1.0], [1.0, 1.0], [41, 41]), Actions(16, -2.0, 2.0))
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> learner = GridLearner(puck, Grid([-3.0], [3.0], [31]), Actions(9, -1.0, 1.0))
         >>> policy = learner.update(lambda states, actions: -states.square().sum(-1))
+        >>> policy.sample(torch.tensor([[2.0], [-2.0]]).double(), step=0).sign()  # homewards
+        tensor([[-1.],
+                [ 1.]], dtype=torch.float64)
     """
 
     def __init__(

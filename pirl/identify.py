@@ -51,6 +51,13 @@ class Identification:
         tolerance: a direction is unidentified where its singular value is at most this.
         space: what the parameters are: r(s) ("state"), r(s,a) ("state_action") or weights ("features").
         shape: (S,), (S, A) or (number of features,).
+
+    Example:
+        >>> found = unidentified(mdp, features=features)
+        >>> found.num_parameters, found.num_unidentified, found.null.shape
+        (3, 0, torch.Size([3, 0]))
+        >>> unidentified(mdp, space="state").identified(truth.squeeze(-1)).shape
+        torch.Size([25])
     """
 
     null: Float[Tensor, "P K"]
@@ -215,6 +222,10 @@ def gauge_basis(mdp: TabularMDP) -> Float[Tensor, "SA G"]:
     """Orthonormal basis of range(E - g P) over pairs that an episode can contain; 0 at the others.
 
     E - g P is injective, so there are as many columns as reachable states.
+
+    Example:
+        >>> gauge_basis(mdp).shape
+        torch.Size([125, 25])
     """
     visible, states = _visible(mdp).flatten(), mdp.reachable
     state = torch.arange(len(visible), device=mdp.device) // mdp.num_actions

@@ -4,7 +4,7 @@
     r(s, a) = -1/2 s'Qs - 1/2 a'Ra + q's + c'a
 
 Soft values are then quadratic in s, log beta_t(s) = -1/2 s'Ms + h's + g, by a Riccati recursion backward in time, whose
-every step is the one integral of :mod:`pirl.gaussian_integrals`: W and P0 may be singular. Trajectory reading, as in
+every step is the one integral of ``pirl.gaussian_integrals``: W and P0 may be singular. Trajectory reading, as in
 :mod:`pirl.message_passing`; the causal reading (a soft LQR) has E log beta over chance in place of log E beta. Matrices
 are small: everything is dense.
 """
@@ -46,7 +46,14 @@ from pirl.soft_values import Reading
 
 
 class QuadraticReward(NamedTuple):
-    """r(s, a) = -1/2 s'Qs - 1/2 a'Ra + q's + c'a; see :meth:`LinearGaussian.quadratic`."""
+    """r(s, a) = -1/2 s'Qs - 1/2 a'Ra + q's + c'a; see :meth:`LinearGaussian.quadratic`.
+
+    Example:
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> puck.quadratic(2 * one, one)._fields
+        ('state_cost', 'action_cost', 'state_slope', 'action_slope')
+    """
 
     state_cost: Float[Tensor, "*batch ds ds"]
     """Q."""
@@ -82,7 +89,15 @@ class QuadraticReward(NamedTuple):
 
 
 class LinearGaussianLaw(NamedTuple):
-    """p(tau | O): soft values, and the laws that ``sample`` draws from, by time t = 1..T (index 0..T-1)."""
+    """p(tau | O): soft values, and the laws that ``sample`` draws from, by time t = 1..T (index 0..T-1).
+
+    Example:
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> law = puck.solve(puck.quadratic(2 * one, one))
+        >>> law.log_partition.shape, law.policy.gain.shape
+        (torch.Size([]), torch.Size([5, 1, 1]))
+    """
 
     log_partition: Float[Tensor, "*batch"]
     """log Z; causal reading: E V_1(s_1)."""
@@ -461,8 +476,12 @@ class LinearGaussianTrajectory(TorchDistribution):
         DivergenceError, InvalidRewardError: see :meth:`LinearGaussian.solve`; when the density is asked for.
 
     Example:
-        >>> with pyro.plate("episode", len(demos)):
-        ...     pyro.sample("trajectories", LinearGaussianTrajectory(system, reward), obs=demos)
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> law = LinearGaussianTrajectory(puck, puck.quadratic(2 * one, one))
+        >>> paths = law.sample((20,))
+        >>> paths.shape, law.log_prob(paths).shape
+        (torch.Size([20, 6, 2]), torch.Size([20]))
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

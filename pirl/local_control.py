@@ -25,7 +25,16 @@ Reward = Callable[[Tensor, Tensor], Tensor]
 
 
 class LocalPolicy(NamedTuple):
-    """A linear-Gaussian policy by time and what it expects: a :class:`pirl.particles.ValuedPolicy`."""
+    """A linear-Gaussian policy by time and what it expects: a :class:`pirl.particles.ValuedPolicy`.
+
+    Example:
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> learner = LocalLearner(puck, puck.base_policy)
+        >>> policy = learner.update(lambda states, actions: -states.square().sum(-1), num_rollouts=50)
+        >>> policy.kernel.gain.shape, policy.value(torch.zeros(3, 1).double(), step=0).shape
+        (torch.Size([5, 1, 1]), torch.Size([3]))
+    """
 
     kernel: GaussianKernel
     """pi_t(a|s) = N(gain_t s + offset_t, .)."""
@@ -61,8 +70,12 @@ class LocalLearner:
         OptionError: an option out of range.
 
     Example:
-        >>> learner = LocalLearner(system, system.base_policy)
-        >>> policy = learner.update(lambda states, actions: -states.square().sum(-1), num_rollouts=100)
+        >>> one = torch.eye(1, dtype=torch.float64)
+        >>> puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
+        >>> learner = LocalLearner(puck, puck.base_policy)
+        >>> policy = learner.update(lambda states, actions: -states.square().sum(-1), num_rollouts=50)
+        >>> pirl.simulators.roll_out(puck, policy, 4).states.shape
+        torch.Size([4, 6, 1])
     """
 
     def __init__(

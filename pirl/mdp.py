@@ -50,9 +50,11 @@ class TabularMDP:
         UnboundedProblemError: discount 1 without a horizon, and some state cannot reach a terminal one.
 
     Example:
-        >>> mdp = TabularMDP(torch.eye(2).repeat(1, 2, 1).reshape(2, 2, 2).double(), initial=0, discount=0.9)
-        >>> mdp
-        TabularMDP(states=2 (1 unreachable), actions=2, discount=0.9)
+        >>> pirl.TabularMDP(torch.eye(2).repeat(1, 2, 1).reshape(2, 2, 2).double(), initial=0, discount=0.9)
+        TabularMDP(states=2, actions=2, discount=0.9)
+        >>> transition = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]]] * 3).double()  # [S, A, S]
+        >>> pirl.TabularMDP(transition, initial=[1.0, 0.0, 0.0], terminal=[2], action_names=["wait", "go"])
+        TabularMDP(states=3, actions=2, terminal=1)
     """
 
     transition: Tensor

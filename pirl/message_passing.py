@@ -35,11 +35,19 @@ from pirl.soft_values import (
 )
 from pirl.transitions import Dynamics, TransitionMap, is_transformed, solve_system
 
+# What other rooms use besides is written for them.
+__all__ = ["Messages", "log_partition", "messages", "occupancy", "soft_policy"]
+
 
 class Messages(NamedTuple):
     """Log messages, by time t = 1..T (index 0..T-1); without the time dimension when the horizon is infinite.
 
     For an infinite horizon ``log_alpha`` and ``mu`` are sums over time: expected visits.
+
+    Example:
+        >>> found = pirl.messages(world, wanted)
+        >>> found.log_beta.shape, found.mu.shape, found.log_partition.shape
+        (torch.Size([9, 16]), torch.Size([8, 16, 5]), torch.Size([]))
     """
 
     log_beta_action: Float[Tensor, "*batch T S A"]
@@ -209,6 +217,10 @@ def messages(
 def soft_policy(mdp: Dynamics, reward: Tensor, reading: Reading = "causal", *, stopping: str | None = None) -> Tensor:
     """log pi_t(a|s) of the soft-optimal demonstrator: ``[*batch, T, S, A]`` by time, or ``[*batch, S, A]`` (infinite
     horizon).
+
+    Example:
+        >>> pirl.soft_policy(mdp, truth).shape, pirl.soft_policy(world, wanted).shape
+        (torch.Size([25, 5]), torch.Size([8, 16, 5]))
     """
     reward = mdp.check_reward(reward)
     problem = soft_problem(mdp, reading, stopping=stopping)
@@ -236,6 +248,12 @@ def occupancy(
     Trajectory reading: the gradient of log Z. Causal reading: visits of the soft policy under the true dynamics,
     discounted, the gradient of E_p(s_1)[V(s_1)] (Ziebart 2010, algorithm 9.3). The no-op of a terminal state is
     counted once, on entry.
+
+    Example:
+        >>> pirl.occupancy(world, wanted).sum().round(decimals=4)
+        tensor(8., dtype=torch.float64)
+        >>> pirl.occupancy(mdp, truth, "causal").sum().round(decimals=4)  # 1 / (1 - discount)
+        tensor(20., dtype=torch.float64)
     """
     reward = mdp.check_reward(reward)
     problem = soft_problem(mdp, reading, stopping=stopping)

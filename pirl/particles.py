@@ -35,7 +35,14 @@ Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 @runtime_checkable
 class ValuedPolicy(Policy, Protocol):
-    """A policy that knows what it expects, such as :class:`pirl.soft_q_learning.SoftPolicy`."""
+    """A policy that knows what it expects, such as :class:`pirl.soft_q_learning.SoftPolicy`.
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> learned = pirl.soft_q_learning.soft_q_learning(simulator, wanted, num_rollouts=20)
+        >>> isinstance(learned, ValuedPolicy), isinstance(pirl.simulators.base_policy(world), ValuedPolicy)
+        (True, False)
+    """
 
     def value(self, states: Tensor, step: int) -> Float[Tensor, " n"]:
         """An estimate of log beta_t(s)."""
@@ -50,6 +57,13 @@ class TiltedProposal:
         standard_error: of it.
         efficiency: how many independent draws one particle is worth, at most 1: particles share ancestors, and runs
             whose Z-hat is small hardly count.
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> learned = pirl.soft_q_learning.soft_q_learning(simulator, wanted, 100, reading="trajectory")
+        >>> rollouts, proposal = tilt(simulator, learned, wanted, 1000, base=pirl.simulators.base_policy(world))
+        >>> bool(abs(proposal.log_partition - pirl.log_partition(world, wanted)) < 5 * proposal.standard_error + 0.05)
+        True
     """
 
     def __init__(
@@ -67,7 +81,12 @@ class TiltedProposal:
 
 
 def returns(reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
-    """sum_t r(s_t, a_t) of trajectories ``[n, T + 1, *event]``, the no-op of a terminal state included."""
+    """sum_t r(s_t, a_t) of trajectories ``[n, T + 1, *event]``, the no-op of a terminal state included.
+
+    Example:
+        >>> returns(wanted, walks.states, walks.actions, walks.lengths).shape
+        torch.Size([20])
+    """
     return _gains(reward, states, actions, lengths).sum(-1)
 
 
@@ -112,8 +131,12 @@ def tilt(
         PartitionError: a weight is not finite, or all are 0.
 
     Example:
-        >>> learner = SoftQLearner(simulator, reading="trajectory")
-        >>> pool = pool.add(*tilt(simulator, learner.update(reward, 500), reward, 1000, base=base_policy(mdp)))
+        >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
+        >>> simulator, base = TabularSimulator(world), base_policy(world)
+        >>> learned = pirl.soft_q_learning.soft_q_learning(simulator, wanted, 100, reading="trajectory")
+        >>> pool = pirl.Pool.of(roll_out(simulator, base, 500), base, base)
+        >>> pool.add(*tilt(simulator, learned, wanted, 1000, base=base))
+        Pool(1500 samples of 2 policies)
     """
     num_runs = max(min(max(num // 100, 5), 20, num // 2), 2) if num_runs is None else num_runs
     if num_runs < 2 or num < 2 * num_runs:
@@ -147,7 +170,12 @@ def tilt(
 
 
 def can_tilt(simulator: object) -> bool:
-    """Whether particles can go on from any state of a simulator: it steps, and episodes of vectors do not end early."""
+    """Whether particles can go on from any state of a simulator: it steps, and episodes of vectors do not end early.
+
+    Example:
+        >>> can_tilt(pirl.simulators.TabularSimulator(world))
+        True
+    """
     finite = hasattr(simulator, "log_prior")
     return isinstance(simulator, Simulator) and (finite or not hasattr(simulator, "is_terminal"))
 

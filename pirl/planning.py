@@ -22,7 +22,13 @@ from pirl.transitions import Dynamics, scatter_max, solve_system
 
 
 class OptimalPolicy(NamedTuple):
-    """A deterministic optimal plan; time (1..T) stands before S when the horizon is finite."""
+    """A deterministic optimal plan; time (1..T) stands before S when the horizon is finite.
+
+    Example:
+        >>> plan = pirl.optimal_policy(mdp, truth)
+        >>> plan.policy.shape, plan.value.shape, plan.action_value.shape
+        (torch.Size([25, 5]), torch.Size([25]), torch.Size([25, 5]))
+    """
 
     policy: Tensor
     """``[*batch, (T,) S, A]``, one-hot. Ties go to the action of the lowest number; where that would never
@@ -34,7 +40,13 @@ class OptimalPolicy(NamedTuple):
 
 
 class MostLikelyTrajectory(NamedTuple):
-    """The mode of p(tau) exp(sum r)."""
+    """The mode of p(tau) exp(sum r).
+
+    Example:
+        >>> found = pirl.most_likely_trajectory(world, wanted)
+        >>> found.states.shape, found.actions.shape
+        (torch.Size([9]), torch.Size([8]))
+    """
 
     states: Int[Tensor, "*batch L1"]
     """s_1 .. s_{L+1}; -1 after the end."""
@@ -70,6 +82,11 @@ def optimal_policy(mdp: Dynamics, reward: Tensor) -> OptimalPolicy:
     Raises:
         InvalidRewardError: wrong shape, or NaN or infinite.
         DivergenceError: discount 1, no horizon, and some policy collects positive reward for ever.
+
+    Example:
+        >>> line = pirl.envs.gridworld(1, 3, slip=0.0, discount=0.5, initial=0)
+        >>> pirl.optimal_policy(line, torch.tensor([0.0, 0.0, 1.0]).double()).value
+        tensor([0.5000, 1.0000, 2.0000], dtype=torch.float64)
     """
     r, batch = _rows(mdp, reward)
     allowed = mdp.log_prior.isfinite().unsqueeze(-1)
@@ -173,6 +190,12 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
     Raises:
         InvalidPolicyError: rows that do not sum to 1, weight on actions that are not available, wrong shape.
         DivergenceError: discount 1 and the policy never ends.
+
+    Example:
+        >>> line = pirl.envs.gridworld(1, 3, slip=0.0, discount=0.5, initial=0)
+        >>> always_right = torch.eye(5).double()[3].expand(3, 5)
+        >>> pirl.policy_value(line, always_right, torch.tensor([0.0, 0.0, 1.0]).double())
+        tensor([0.5000, 1.0000, 2.0000], dtype=torch.float64)
     """
     reward = _finite_reward(mdp, reward)
     timed = mdp.horizon is not None and policy.dim() >= 3 and policy.shape[-3] == mdp.horizon
@@ -218,6 +241,12 @@ def discounted_occupancy(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) -> 
     Raises:
         InvalidPolicyError: as for :func:`policy_value`.
         DivergenceError: discount 1, no horizon, and from some state the policy never ends.
+
+    Example:
+        >>> line = pirl.envs.gridworld(1, 3, slip=0.0, discount=0.5, initial=0)
+        >>> always_right = torch.eye(5).double()[3].expand(3, 5)
+        >>> discounted_occupancy(line, always_right).sum(-1)
+        tensor([1.0000, 0.5000, 0.5000], dtype=torch.float64)
     """
     policy = _checked_policy(mdp, policy)
     batch = policy.shape[:-2]
@@ -251,6 +280,11 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
         DiscountError: p(tau) exp(sum r) knows no discount, and the MDP's is below 1.
         HorizonError: no trajectory of at most ``max_length`` decisions is the most likely one.
         DivergenceError: a cycle of positive weight: longer is always likelier.
+
+    Example:
+        >>> line = pirl.envs.gridworld(1, 3, slip=0.0, horizon=3, initial=0)
+        >>> pirl.most_likely_trajectory(line, torch.tensor([0.0, 0.0, 1.0]).double()).states
+        tensor([0, 1, 2, 2])
     """
     r, batch = _rows(mdp, reward)
     if mdp.discount < 1:
@@ -325,6 +359,12 @@ def stationary_distribution(mdp: Dynamics, policy: Float[Tensor, "*batch S A"]) 
 
     Raises:
         NotUnichainError: more than one recurrent class, or terminal states.
+
+    Example:
+        >>> transition = torch.tensor([[[0.9, 0.1]], [[0.3, 0.7]]], dtype=torch.float64)
+        >>> two = pirl.TabularMDP(transition, initial=0, discount=0.9)
+        >>> pirl.stationary_distribution(two, torch.ones(2, 1, dtype=torch.float64))
+        tensor([0.7500, 0.2500], dtype=torch.float64)
     """
     if bool(mdp.terminal.any()):
         raise NotUnichainError(

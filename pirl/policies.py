@@ -28,7 +28,13 @@ _MOST_ROUNDS, _MOST_PLANS = 50, 200
 
 
 class RiskAversePolicy(NamedTuple):
-    """A policy that may mix actions, and what it is good for."""
+    """A policy that may mix actions, and what it is good for.
+
+    Example:
+        >>> found = risk_averse_policy(mdp, pirl.reward_draws(posterior, model, demos, mdp, features, num_draws=20))
+        >>> found.policy.shape, found.returns.shape
+        (torch.Size([25, 5]), torch.Size([20]))
+    """
 
     policy: Tensor
     """pi(a|s) ``[S, A]``, or by time ``[T, S, A]``."""
@@ -60,6 +66,10 @@ def bayes_policy(mdp: TabularMDP, rewards: Float[Tensor, "D S A"]) -> Tensor:
 
     Returns:
         pi(a|s), one-hot: ``[S, A]``, or by time ``[T, S, A]`` where the horizon is finite.
+
+    Example:
+        >>> bayes_policy(mdp, pirl.reward_draws(posterior, model, demos, mdp, features)).shape
+        torch.Size([25, 5])
     """
     return optimal_policy(mdp, mdp.check_reward(rewards).mean(0)).policy
 

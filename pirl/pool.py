@@ -35,6 +35,14 @@ class Pool:
         log_base: sum_t log p(a_t|s_t), ``[J]``.
         policies: the proposals, of which sample j came from ``origin[j]``.
         log_densities: sum_t log pi_k(a_t|s_t) of every sample under every proposal, ``[K, J]``.
+
+    Example:
+        >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
+        >>> simulator, base = TabularSimulator(world), base_policy(world)
+        >>> pool = pirl.Pool.of(roll_out(simulator, base, 100), base, base)
+        >>> learned = pirl.soft_q_learning.soft_q_learning(simulator, wanted, num_rollouts=20)
+        >>> pool.add(roll_out(simulator, learned, 50), learned)
+        Pool(150 samples of 2 policies)
     """
 
     states: Tensor
@@ -128,10 +136,12 @@ class Pool:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Floating type of the densities."""
         return self.log_base.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the samples live."""
         return self.log_base.device
 
     @property

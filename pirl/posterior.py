@@ -26,6 +26,8 @@ from pirl.sampled import SampledMaxEntTrajectory
 if TYPE_CHECKING:
     import xarray
 
+__all__ = ["prior_rewards", "reward_draws", "sampled_rewards"]
+
 _BLOCK = 256
 # Beyond these, dense tables of directions cost more than they tell.
 _MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
@@ -49,16 +51,16 @@ def reward_draws(
         num_draws: at most so many, evenly spaced over all chains.
 
     Returns:
-        ``[D, S, A]`` or ``[D, S, 1]``; dimensions of 1 that stand for plates are left out, those of subjects or
-        environments stay.
+        ``[D, S, A]``, of a reward r(s) as well; dimensions of 1 that stand for plates are left out, those of subjects
+        or environments stay.
 
     Raises:
         ModelError: the model observes no trajectories, or several and ``site`` does not say which.
         OptionError: the posterior lacks a latent site of the model: it is of another one.
 
     Example:
-        >>> posterior = pirl.fit(model, demos, mdp, features)
-        >>> reward_draws(posterior, model, demos, mdp, features).mean(0)
+        >>> pirl.reward_draws(posterior, model, demos, mdp, features, num_draws=100).shape
+        torch.Size([100, 25, 5])
     """
     dataset = posterior["posterior"].to_dataset()
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
@@ -166,6 +168,14 @@ def sampled_rewards(
 
     A table ``[S, A]``, or a function of states and actions, for each draw (of a model with several such sites, those
     of the first).
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> quick = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
+        >>> found = pirl.learning.bayesian_guided_cost(sampled_model, walks[:2], simulator, marks, **quick)
+        >>> rewards = sampled_rewards(found.posterior, sampled_model, walks[:2], found.pool, marks, num_draws=2)
+        >>> [reward.shape for reward in rewards]
+        [torch.Size([16, 1]), torch.Size([16, 1])]
     """
     dataset = posterior["posterior"].to_dataset()
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
@@ -188,6 +198,13 @@ def prior_rewards(
 
     Raises:
         ModelError: the model observes no :class:`pirl.SampledMaxEntTrajectory`.
+
+    Example:
+        >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
+        >>> base = base_policy(world)
+        >>> pool = pirl.Pool.of(roll_out(TabularSimulator(world), base, 100), base, base)
+        >>> [reward.shape for reward in prior_rewards(sampled_model, walks, pool, marks, num_draws=2)]
+        [torch.Size([16, 1]), torch.Size([16, 1])]
     """
     found = []
     with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():

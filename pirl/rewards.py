@@ -82,7 +82,7 @@ def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Floa
         InvalidRewardError: the shapes do not fit.
 
     Example:
-        >>> neural_reward(nn.Linear(2, 1), torch.zeros(5, 2)).shape
+        >>> pirl.neural_reward(torch.nn.Linear(2, 1), torch.zeros(5, 2)).shape
         torch.Size([5, 1])
     """
     if features.dim() not in (2, 3):
@@ -120,9 +120,11 @@ def lifted_network(
         members.
 
     Example:
-        >>> def model(demos, pool, network):
-        ...     net = lifted_network("network", network)
-        ...     reward = lambda states, actions: net(torch.cat([states, actions], -1)).squeeze(-1)
+        >>> network = torch.nn.Linear(4, 1)  # of three coordinates of a state and one of an action
+        >>> net = pirl.lifted_network("network", network)  # in a model: samples "network_weight" and "network_bias"
+        >>> reward = lambda states, actions: net(torch.cat([states, actions], -1)).squeeze(-1)
+        >>> reward(torch.zeros(8, 3), torch.ones(8, 1)).shape
+        torch.Size([8])
     """
     values = dict(network.named_parameters())
     own = [n for n, module in network.named_modules() if next(module.parameters(recurse=False), None) is not None]
@@ -171,7 +173,13 @@ def lifted_reward(
 
     Example:
         >>> def model(demos, mdp, features, network):
-        ...     reward = lifted_reward("network", network, features)
+        ...     reward = pyro.deterministic("reward", pirl.lifted_reward("network", network, features))
+        ...     with pyro.plate("episode", len(demos)):
+        ...         law = pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths)
+        ...         pyro.sample("trajectories", law, obs=demos.as_tensor())
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)).double()
+        >>> sorted(pyro.poutine.trace(model).get_trace(demos, mdp, features, network).stochastic_nodes)
+        ['episode', 'network_0_bias', 'network_0_weight', 'network_2_bias', 'network_2_weight']
     """
     return neural_reward(lifted_network(name, network, scale, last_layer), features)
 

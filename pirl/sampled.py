@@ -70,9 +70,14 @@ class SampledMaxEntTrajectory(TorchDistribution):
         HorizonError: lengths that are not the pool's.
 
     Example:
-        >>> with pyro.plate("episode", len(demos)):
-        ...     law = pirl.SampledMaxEntTrajectory(pool, reward, lengths=demos.lengths)
-        ...     pyro.sample("trajectories", law, obs=demos.as_tensor())
+        >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
+        >>> base = base_policy(world)
+        >>> pool = pirl.Pool.of(roll_out(TabularSimulator(world), base, 100), base, base)
+        >>> with pyro.plate("episode", len(walks)):
+        ...     law = pirl.SampledMaxEntTrajectory(pool, wanted, lengths=walks.lengths)
+        ...     seen = pyro.sample("trajectories", law, obs=walks.as_tensor())
+        >>> law.log_prob(walks.as_tensor()).shape
+        torch.Size([20])
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -27,6 +27,22 @@ from pirl.errors import (
 from pirl.mdp import TabularMDP
 from pirl.trajectories import End, Trajectories
 
+__all__ = [
+    "BaseMeasure",
+    "EpisodeSimulator",
+    "GymSimulator",
+    "Policy",
+    "Rollouts",
+    "Simulator",
+    "TabularPolicy",
+    "TabularSimulator",
+    "WholeLaw",
+    "base_policy",
+    "log_base_measure",
+    "log_density",
+    "roll_out",
+]
+
 Generator = torch.Generator | None
 Answer = TypeVar("Answer")
 
@@ -36,6 +52,16 @@ class Simulator(Protocol):
     """What :func:`roll_out` needs. States are whole numbers ``[n]`` or vectors ``[n, ds]``.
 
     Episodes that can end early also need ``is_terminal(states) -> [n]`` (bool).
+
+    Example:
+        >>> class Walk:
+        ...     horizon = 10
+        ...     def reset(self, num, generator=None):
+        ...         return torch.zeros(num, 1)
+        ...     def step(self, states, actions, generator=None):
+        ...         return states + actions
+        >>> isinstance(Walk(), Simulator)
+        True
     """
 
     horizon: int
@@ -50,7 +76,12 @@ class Simulator(Protocol):
 
 @runtime_checkable
 class EpisodeSimulator(Protocol):
-    """A simulator without a stateless step, which plays episodes from beginning to end itself."""
+    """A simulator without a stateless step, which plays episodes from beginning to end itself.
+
+    Example:
+        >>> isinstance(GymSimulator("CartPole-v1", horizon=20), EpisodeSimulator)
+        True
+    """
 
     horizon: int
     """T, decisions of an episode."""
@@ -61,7 +92,19 @@ class EpisodeSimulator(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """How actions are chosen; ``step`` is 0 for the first decision of an episode."""
+    """How actions are chosen; ``step`` is 0 for the first decision of an episode.
+
+    Example:
+        >>> class Coin:  # two actions, equally likely
+        ...     def sample(self, states, step, generator=None):
+        ...         return torch.randint(2, (len(states),), generator=generator)
+        ...     def log_prob(self, states, actions, step):
+        ...         return torch.full((len(states),), 0.5).log()
+        >>> isinstance(Coin(), Policy)
+        True
+        >>> roll_out(GymSimulator("CartPole-v1", horizon=5), Coin(), 3).states.shape
+        torch.Size([3, 6, 4])
+    """
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions: whole numbers ``[n]`` or vectors ``[n, da]``."""
@@ -72,7 +115,13 @@ class Policy(Protocol):
 
 @runtime_checkable
 class WholeLaw(Protocol):
-    """A law of trajectories that is no policy, such as that of particles (:mod:`pirl.particles`)."""
+    """A law of trajectories that is no policy, such as that of particles (:mod:`pirl.particles`).
+
+    Example:
+        >>> from pirl.particles import TiltedProposal
+        >>> isinstance(TiltedProposal(wanted, base_policy(world), 0.0, 0.0, 1.0), WholeLaw)
+        True
+    """
 
     def log_density(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
         """log q(tau), relative to the dynamics."""
@@ -85,6 +134,13 @@ class Rollouts(NamedTuple):
     episode shorter than the horizon ended in a terminal state, where it collects r(s, 0) once; that no-op is no
     decision: it has no entry in ``actions`` and is not counted in ``lengths``, but :meth:`pairs` and :meth:`returns`
     know of it.
+
+    Example:
+        >>> played = roll_out(TabularSimulator(world), base_policy(world), 5)
+        >>> played.states.shape, played.actions.shape, played.returns(wanted.expand(16, 5)).shape
+        (torch.Size([5, 9]), torch.Size([5, 8]), torch.Size([5]))
+        >>> played.trajectories()
+        Trajectories(5 episodes, 40 decisions)
     """
 
     states: Tensor
@@ -216,6 +272,11 @@ class TabularPolicy:
 
     Raises:
         InvalidPolicyError: wrong shape, or a row that is not a distribution.
+
+    Example:
+        >>> policy = TabularPolicy(pirl.soft_policy(world, wanted))
+        >>> policy.sample(torch.zeros(3).long(), step=0).shape
+        torch.Size([3])
     """
 
     def __init__(self, log_policy: Tensor) -> None:
@@ -257,6 +318,10 @@ def base_policy(mdp: TabularMDP | TabularSimulator) -> TabularPolicy:
     """Actions from the base measure p(a|s), normalised: uniform for "uniform" and for "counting".
 
     A counting measure weighs trajectories by more than this policy's density: see :func:`log_base_measure`.
+
+    Example:
+        >>> base_policy(world).log_prob(torch.tensor([0]), torch.tensor([4]), step=0).exp()
+        tensor([0.2000], dtype=torch.float64)
     """
     return TabularPolicy(torch.log_softmax(mdp.log_prior, -1))
 
@@ -267,6 +332,10 @@ def log_base_measure(
     """sum_t log p(a_t|s_t) of the base measure over the decisions, as given: 0 for the counting measure.
 
     log weights of the trajectory reading are ``rollouts.returns(reward) + log_base_measure(...) - log q``.
+
+    Example:
+        >>> log_base_measure(world, walks.states[:2], walks.actions[:2])  # 8 log 1/5
+        tensor([-12.8755, -12.8755], dtype=torch.float64)
     """
     acting = actions >= 0
     chosen = mdp.log_prior[states[:, : actions.shape[1]].clamp_min(0), actions.clamp_min(0)]
@@ -278,6 +347,11 @@ class BaseMeasure:
 
     Roll-outs that follow it are drawn from its normalised form, ``policy``; as the base of a
     :class:`pirl.Pool` it weighs trajectories by what it is.
+
+    Example:
+        >>> counting = BaseMeasure(torch.zeros(16, 5).double())
+        >>> counting.log_prob(torch.tensor([0]), torch.tensor([4]), step=0)
+        tensor([0.], dtype=torch.float64)
     """
 
     def __init__(self, log_prior: Float[Tensor, "S A"]) -> None:

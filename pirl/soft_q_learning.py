@@ -31,7 +31,12 @@ from pirl.transitions import TransitionMap
 
 @runtime_checkable
 class FiniteSimulator(Protocol):
-    """A simulator of a finite space, and what is known of that space: not its dynamics."""
+    """A simulator of a finite space, and what is known of that space: not its dynamics.
+
+    Example:
+        >>> isinstance(pirl.simulators.TabularSimulator(world), FiniteSimulator)
+        True
+    """
 
     horizon: int
     """T, decisions of a roll-out."""
@@ -53,7 +58,13 @@ class FiniteSimulator(Protocol):
 
 
 class Round(NamedTuple):
-    """What one update did."""
+    """What one update did.
+
+    Example:
+        >>> policy = soft_q_learning(pirl.simulators.TabularSimulator(world), wanted, num_rollouts=20, num_rounds=2)
+        >>> [(done.num_rollouts, done.steps) for done in policy.history]
+        [(20, 160), (20, 160)]
+    """
 
     num_rollouts: int
     steps: int
@@ -71,6 +82,11 @@ class SoftPolicy(TabularPolicy):
         log_policy: log pi_t(a|s) ``[T, S, A]`` by time, or ``[S, A]`` (stationary).
         values: V_t(s) ``[T, S]``, or ``[S]``.
         history: one :class:`Round` an update.
+
+    Example:
+        >>> policy = soft_q_learning(pirl.simulators.TabularSimulator(world), wanted, num_rollouts=20)
+        >>> policy.log_policy.shape, policy.values.shape, len(policy.history)
+        (torch.Size([8, 16, 5]), torch.Size([8, 16]), 10)
     """
 
     def __init__(self, log_policy: Tensor, values: Tensor, history: tuple[Round, ...]) -> None:

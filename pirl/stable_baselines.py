@@ -53,7 +53,14 @@ _EDGE = 1e-9
 
 
 class Transitions(NamedTuple):
-    """Decisions, and what followed."""
+    """Decisions, and what followed.
+
+    Example:
+        >>> learner = StableBaselines("CartPole-v1", n_steps=16)
+        >>> policy = learner.improve(lambda states, actions: -states[:, 2].abs(), 128)
+        >>> learner.transitions().states.shape
+        torch.Size([128, 4])
+    """
 
     states: Float[Tensor, "n ds"]
     actions: Tensor
@@ -68,6 +75,11 @@ class DeepPolicy:
 
     Numbered actions are categorical. Vectors are a Gaussian squashed by tanh into the range of the actions; densities
     are per unit of the environment's actions, and nothing needs to be clipped.
+
+    Example:
+        >>> policy = StableBaselines("CartPole-v1", n_steps=16).policy
+        >>> policy.sample(torch.zeros(3, 4)).shape
+        torch.Size([3])
     """
 
     def __init__(self, network: Any, actions: _Actions) -> None:
@@ -114,8 +126,8 @@ class StableBaselines:
     Example:
         >>> learner = StableBaselines("CartPole-v1", n_steps=32)
         >>> policy = learner.improve(lambda states, actions: -states[:, 2].abs(), 1000)
-        >>> policy.log_prob(torch.zeros(2, 4), torch.tensor([0, 1])).exp().sum()
-        tensor(1.0000, dtype=torch.float64)
+        >>> policy.log_prob(torch.zeros(2, 4), torch.tensor([0, 1])).exp().sum().round(decimals=4)
+        tensor(1., dtype=torch.float64)
     """
 
     def __init__(

@@ -34,7 +34,10 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
         variance) and ``finding``, in words.
 
     Example:
-        >>> verdicts(study)[["p_adjusted", "finding"]]
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> found = verdicts(study)
+        >>> list(found.columns[:2]), list(found.index)
+        (['p_value', 'p_adjusted'], ['weights[0]', 'weights[1]', 'weights[2]', 'log_likelihood', 'return_gap'])
     """
     import pandas
 
@@ -72,12 +75,24 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
 
 
 def is_calibrated(study: xarray.DataTree) -> bool:
-    """Whether every replicate was made, and no test quantity leaves its band."""
+    """Whether every replicate was made, and no test quantity leaves its band.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> type(is_calibrated(study))
+        <class 'bool'>
+    """
     return not _statistics(study)["failed"].any() and bool((verdicts(study)["finding"] == "uniform").all())
 
 
 def print_verdicts(study: xarray.DataTree) -> None:
-    """Print the table of a study, and what to think of it."""
+    """Print the table of a study, and what to think of it.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> print_verdicts(study)
+                                        50%    90% corre- contrac-...
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -99,7 +114,13 @@ def print_verdicts(study: xarray.DataTree) -> None:
 
 
 def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
-    """The verdict, line by line: first the ranks, then what casts doubt on the study itself."""
+    """The verdict, line by line: first the ranks, then what casts doubt on the study itself.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> all(isinstance(line, str) for line in words(study, verdicts(study)))
+        True
+    """
     stats = _statistics(study)
     lived = ~stats["failed"].astype(bool)
     count, num_draws = int(lived.sum()), int(study.attrs["num_draws"])

@@ -57,7 +57,7 @@ def test_the_example_of_several_subjects_runs() -> None:
     from pirl.errors import ConvergenceWarning
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "from_dataframe" in block)
+    example = next(block for block in blocks if "from_dataframe" in block and "pirl.fit" in block)
     mdp, features = gridworld(3, 3, discount=0.9), gridworld_features(3, 3, 3)
     rows = [(s, e, t, 0, 4) for s in ("anna", "bob") for e in range(3) for t in range(4)]
     frame = pd.DataFrame(rows, columns=["subject", "episode", "t", "state", "action"])
@@ -68,3 +68,34 @@ def test_the_example_of_several_subjects_runs() -> None:
         warnings.simplefilter("ignore", ConvergenceWarning)  # a Gaussian cannot follow a scale near 0
         exec(example.replace("pirl.fit(model, demos, mdp, features, ", quick), names)
     assert names["posterior"].posterior["offset"].dims == ("chain", "draw", "subject", "feature")
+
+
+# So short that nothing converges, of which warnings tell.
+QUICKLY = """
+import pirl
+
+fit = pirl.fit
+quick = {"num_chains": 2, "num_warmup": 10, "num_samples": 8, "num_prior": 10, "num_posterior_predictive": 10}
+pirl.fit = lambda *args, **options: fit(*args, **{**options, **quick, "progress": False, "device": "cpu"})
+"""
+LOOK = """
+assert repr(machine) == "TabularMDP(states=4, actions=2, discount=0.95, terminal=1)"
+assert {"dry", "wet"} <= set(both.log_likelihood.data_vars)
+assert lifted.posterior["reward"].shape == last.posterior["reward"].shape == (2, 8, 25)
+assert "network_0_weight" in lifted.posterior and "network_0_weight" not in last.posterior
+assert posterior.posterior["offset"].dims == ("chain", "draw", "subject", "feature")
+"""
+
+
+def test_the_examples_of_ones_own_problem_network_and_data_run(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    titles = ["An example", "My own decision problem", "My own reward network", "My own demonstrations (a data frame)"]
+    blocks = []
+    for title in [*titles, "Many GPUs"]:
+        (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)^## ", text, flags=re.DOTALL | re.MULTILINE)
+        blocks += re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    program = "\n".join([QUICKLY, *blocks, LOOK])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Trajectories(2 episodes, 5 decisions) ('anna', 'bob')" in done.stdout
+    assert (tmp_path / "posterior.nc").exists()

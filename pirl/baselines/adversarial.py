@@ -61,7 +61,10 @@ def adversarial(
         as the discriminator's parameter, beside "log_partition", the estimate from weights.
 
     Example:
-        >>> estimate = adversarial(demos, pirl.simulators.TabularSimulator(mdp), features)
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> estimate = adversarial(walks, simulator, marks, num_rounds=2, num_rollouts=200)
+        >>> estimate.parameters["weights"].shape
+        torch.Size([3])
     """
     if odds not in ("counts", "even"):
         raise OptionError(f"odds must be 'counts' or 'even', not {odds!r}")

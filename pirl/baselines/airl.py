@@ -153,10 +153,12 @@ def airl(
         SimulatorError: the simulator failed.
 
     Example:
-        >>> learner = pirl.stable_baselines.StableBaselines("CartPole-v1", horizon=200)
-        >>> found = airl(demos, learner, 200_000)
-        >>> again = pirl.stable_baselines.StableBaselines("CartPole-v1", horizon=200, seed=1)
-        >>> again.improve(found.reward, 200_000)
+        >>> from pirl.stable_baselines import StableBaselines
+        >>> states, actions = torch.zeros(2, 11, 4), torch.zeros(2, 10)  # of an expert
+        >>> learner = StableBaselines("CartPole-v1", horizon=10, n_steps=16)
+        >>> found = airl(pirl.ContinuousTrajectories(states, actions), learner, 256, steps_per_round=128)
+        >>> again = StableBaselines("CartPole-v1", horizon=10, n_steps=16, seed=1)  # does the reward teach another one?
+        >>> policy = again.improve(found.reward, 128)
     """
     began = time.perf_counter()
     if min(num_steps, steps_per_round, updates_per_round, batch_size) < 1 or not learning_rate > 0:

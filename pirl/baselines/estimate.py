@@ -34,6 +34,13 @@ class PointEstimate:
         mixture: (shares ``[M]``, policies ``[M, S, A]`` or ``[M, T, S, A]``) where the method answers with a mixture,
             one policy drawn for a whole episode.
         policy: a :class:`pirl.simulators.Policy` for the reward, where states are vectors.
+
+    Example:
+        >>> estimate = pirl.baselines.maxent(demos, mdp, features)
+        >>> estimate.parameters["weights"].shape, estimate.reward.shape, estimate.log_policy.shape
+        (torch.Size([3]), torch.Size([25, 5]), torch.Size([25, 5]))
+        >>> estimate.standard_errors()["weights"].shape
+        torch.Size([3])
     """
 
     name: str

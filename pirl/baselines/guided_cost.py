@@ -96,7 +96,10 @@ def guided_cost(
         SimulatorError: the simulator failed.
 
     Example:
-        >>> estimate = guided_cost(demos, pirl.simulators.TabularSimulator(mdp), features)
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> estimate = guided_cost(walks, simulator, marks, num_rounds=2, num_rollouts=200)
+        >>> estimate.parameters["weights"].shape, sorted(estimate.history)
+        (torch.Size([3]), ['change', 'environment_steps', 'ess', 'objective', 'sd_log_weight'])
     """
 
     def likelihood(sums: Sums, weights: Tensor) -> Step:
@@ -131,6 +134,12 @@ def sample_gradient(
             ``1 / sqrt(round)``.
 
     The other arguments, errors and the result are those of :func:`guided_cost`.
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> estimate = sample_gradient(walks, simulator, marks, num_rounds=3, num_rollouts=100, reuse=True)
+        >>> estimate.parameters["weights"].shape
+        torch.Size([3])
     """
     began = time.perf_counter()
     if rate <= 0:

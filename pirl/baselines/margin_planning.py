@@ -91,7 +91,8 @@ def maximum_margin_planning(
         visits: the demonstrator's discounted visits from p(s_1), ``[S, A]``, or ``[T, S, A]`` by time with a finite
             horizon; instead of an estimate.
         starts: where policies start: where the demonstrations do, or at "initial", p(s_1).
-        tail: what follows an episode that was cut off: :func:`pirl.baselines.visits.demonstrated_visits`.
+        tail: what follows an episode that was cut off: "cloned", what demonstrators did where they came to the same
+            state, and the action prior where nobody came; or "none", which is off by up to g^L / (1 - g) visits.
         num_starts: random starts of a local search.
         seed: of those.
 

@@ -78,7 +78,8 @@ def max_margin(
         feature_expectations: the demonstrator's ``[K]``, discounted, from p(s_1); instead of an estimate.
         starts: where policies start: where the demonstrations do, so that features do not differ by the luck of the
             start; or at "initial", p(s_1). Given feature expectations are always from p(s_1).
-        tail: what follows an episode that was cut off: :func:`pirl.baselines.visits.demonstrated_visits`.
+        tail: what follows an episode that was cut off: "cloned", what demonstrators did where they came to the same
+            state, and the action prior where nobody came; or "none", which is off by up to g^L / (1 - g) visits.
 
     Returns:
         A :class:`PointEstimate`: "weights" ``[K]``, of all psi the one under which the demonstrator is nearest to

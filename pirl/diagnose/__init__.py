@@ -36,14 +36,20 @@ def diagnose(posterior: xarray.DataTree) -> list[Finding]:
         PosteriorFileError: there is no group of posterior draws.
 
     Example:
-        >>> for finding in pirl.diagnose(posterior):
-        ...     print(finding.what, finding.advice)
+        >>> pirl.diagnose(posterior)
+        []
     """
     return _examine(posterior)[0]
 
 
 def print_diagnosis(posterior: xarray.DataTree) -> list[Finding]:
-    """Print the findings, and the figures that were looked at; return the findings."""
+    """Print the findings, and the figures that were looked at; return the findings.
+
+    Example:
+        >>> findings = print_diagnosis(posterior)
+        Nothing is wrong.
+        Checked: R-hat at most 1.0...
+    """
     import shutil
 
     findings, figures = _examine(posterior)
@@ -67,7 +73,12 @@ def print_diagnosis(posterior: xarray.DataTree) -> list[Finding]:
 
 
 def verdict(posterior: xarray.DataTree) -> str:
-    """Whether the numbers can be trusted, in one line: the same rules as :func:`diagnose`."""
+    """Whether the numbers can be trusted, in one line: the same rules as :func:`diagnose`.
+
+    Example:
+        >>> verdict(posterior)
+        'R-hat at most 1.0...: nothing is wrong.'
+    """
     facts = Facts(posterior)
     problems = [finding for check in _PROBLEMS for finding in check(facts) if finding.severity == "problem"]
     figures = "; ".join(facts.figures)

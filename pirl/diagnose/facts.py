@@ -23,7 +23,12 @@ FEWEST_FOR_MOVES, FEW_PARTICLES = 20, 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a posterior ("problem"), or worth knowing ("note")."""
+    """One thing that is wrong with a posterior ("problem"), or worth knowing ("note").
+
+    Example:
+        >>> Finding("note", "influence", what="one episode weighs much", why="it may be odd", advice="look").advice
+        'look'
+    """
 
     severity: Literal["problem", "note"]
     kind: str

@@ -29,6 +29,10 @@ def get_engine(name: str) -> Callable[..., Draws]:
 
     Raises:
         OptionError: there is no engine of that name.
+
+    Example:
+        >>> get_engine("laplace").__module__
+        'pirl.infer.laplace'
     """
     if name not in ENGINES:
         raise OptionError(f"there is no engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")

@@ -23,12 +23,14 @@ from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, check_moves, part, sample
 from pirl.infer.start import find_probes, find_starts
 
+__all__ = ["run"]
+
 FIRST_LEAPFROGS = 8
 """Leapfrog steps of a transition in the first window; twice as many in the next."""
 
 
 class Chees(Population):
-    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods."""
+    """The sampler: see :func:`run` for its options."""
 
     label = "chees"
 
@@ -137,7 +139,7 @@ def run(
     Args:
         num_chains: the more, the better they learn and the busier a device is; with fewer than about 16, nuts learns
             more.
-        init: where chains start, see :func:`~pirl.infer.start.find_starts`.
+        init: where chains start, see :func:`pirl.infer.start.find_starts`.
         num_superchains: groups of consecutive chains that share one start, for nested R-hat (Margossian et al. 2024);
             None: each chain has its own.
         target_accept_prob: acceptance (harmonic mean over chains) that the step size aims at; raise it when
@@ -154,6 +156,13 @@ def run(
         NonFiniteError: no start with a finite log density and gradient.
         OptionError: superchains of unequal size, or an option out of range.
         StuckChainsError: no chain accepted a proposal after warm-up.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> draws = run(potential, num_chains=16, num_warmup=50, num_samples=10, progress=False)
+        >>> draws.values["x"].shape, sorted(draws.stats)
+        (torch.Size([16, 10]), ['acceptance_rate', 'diverging', 'energy', 'lp', 'n_steps', 'step_size',
+                                'trajectory_length'])
     """
     check_options(target_accept_prob, max_leapfrogs, chains_per_block)
     if trajectory_length is not None and not trajectory_length > 0:

@@ -29,6 +29,12 @@ class Draws:
     ``unconstrained`` tells in which space the draws are. ``stats`` are ``[chain, draw]`` and go to the group
     ``sample_stats``; ``attrs`` (text and numbers) go to the attributes of the result; ``extra`` are further groups:
     name of the group -> name of the variable -> (names of dims, array).
+
+    Example:
+        >>> potential = Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> draws = get_engine("laplace")(potential, num_chains=2, num_samples=10, progress=False)
+        >>> draws.values["x"].shape, draws.unconstrained, sorted(draws.stats)
+        (torch.Size([1, 20]), True, ['log_q', 'log_weight', 'lp'])
     """
 
     values: dict[str, Tensor]

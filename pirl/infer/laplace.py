@@ -16,6 +16,8 @@ from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential
 from pirl.infer.start import find_start, guarded
 
+__all__ = ["run"]
+
 
 def hessian(energy: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
     """Second derivatives of a scalar function ``[D] -> []`` at a point ``[D]``, symmetrised; shape ``[D, D]``.
@@ -125,12 +127,18 @@ def run(
     Args:
         num_warmup: ignored.
         num_starts: searches for the mode, from different starts; the best end wins.
-        init: where they start, see :func:`~pirl.infer.start.find_start`.
+        init: where they start, see :func:`pirl.infer.start.find_start`.
         resample: let the draws follow their importance weights, where k-hat < 0.7 allows it.
 
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         ModelError: the Hessian at the best end is not positive definite: there is no Gaussian approximation.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(1.0, 2.0)))
+        >>> draws = run(potential, num_samples=100, progress=False)
+        >>> draws.values["x"].shape, round(draws.attrs["log_evidence"], 4)
+        (torch.Size([1, 400]), 0.0)
     """
     if num_starts < 1:
         raise OptionError(f"num_starts is {num_starts}, but must be at least 1")

@@ -20,6 +20,8 @@ from pirl.infer.recorded import recorded
 from pirl.infer.sampling import Sampler, Stats, check_moves, sample
 from pirl.infer.start import find_start, guarded
 
+__all__ = ["run"]
+
 STATISTICS = ("lp", "energy", "tree_depth", "n_steps", "step_size", "acceptance_rate", "diverging")
 
 
@@ -91,7 +93,7 @@ class _Kernel(NUTS):
 
 
 class Nuts(Sampler):
-    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods."""
+    """The sampler: see :func:`run` for its options."""
 
     label = "nuts"
 
@@ -170,13 +172,19 @@ def run(
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
         max_tree_depth: at most 2^depth - 1 leapfrog steps a transition.
         full_mass: dense mass matrix: over all sites, or over each tuple of site names.
-        init: where chains start, see :func:`~pirl.infer.start.find_start`.
+        init: where chains start, see :func:`pirl.infer.start.find_start`.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
 
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         StuckChainsError: no chain accepted a proposal after warm-up.
         OptionError: more chains than have random numbers of their own, or fewer than ranks; no tree to build.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        >>> draws = run(potential, num_chains=2, num_warmup=20, num_samples=10, progress=False)
+        >>> draws.values["x"].shape, sorted(draws.stats)
+        (torch.Size([2, 10]), ['acceptance_rate', 'diverging', 'energy', 'lp', 'n_steps', 'step_size', 'tree_depth'])
     """
     if num_chains > START_STREAM:
         raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")

@@ -199,8 +199,15 @@ class Potential:
             bijection, or values outside a distribution's domain.
 
     Example:
-        >>> potential = Potential(model, (data,), {})
-        >>> potential({"loc": torch.zeros(())})
+        >>> def model(data):
+        ...     location = pyro.sample("location", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(data)):
+        ...         pyro.sample("seen", dist.Normal(location, 1.0), obs=data)
+        >>> potential = Potential(model, (torch.tensor([1.0, 2.0]),))
+        >>> potential({"location": torch.tensor(0.5)})
+        tensor(4.1318)
+        >>> potential.gradient({"location": torch.tensor(1.0)})[1]
+        {'location': tensor(0.)}
     """
 
     def __init__(

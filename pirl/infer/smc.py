@@ -26,6 +26,8 @@ from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, sample
 from pirl.infer.start import find_start
 
+__all__ = ["run"]
+
 WIDTH = 256
 """Particles of a block on a CPU: of thousands, wider blocks cost less a particle and still occupy every core."""
 
@@ -34,7 +36,7 @@ FEWEST_MOVES = 2
 
 
 class SMC(Population):
-    """The sampler: see :func:`run` for its options, :class:`~pirl.infer.sampling.Sampler` for its methods.
+    """The sampler: see :func:`run` for its options.
 
     A step is one move of all particles; before the first move at a temperature they are weighted and resampled.
     """
@@ -220,6 +222,14 @@ def run(
         ModelError: the model does not vmap; says what to change.
         NonFiniteError: the likelihood is zero at every draw from the prior.
         OptionError: a target that is no share.
+
+    Example:
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x.square(), 0.1), obs=torch.tensor(1.0))  # two modes, at -1 and 1
+        >>> draws = run(pirl.infer.Potential(model), num_chains=2, num_samples=100, progress=False)
+        >>> draws.values["x"].shape, "log_evidence" in draws.attrs
+        (torch.Size([2, 100]), True)
     """
     if not 0 < target_ess < 1:
         raise OptionError(f"target_ess is {target_ess}, but must be a share between 0 and 1")

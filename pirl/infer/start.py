@@ -14,6 +14,8 @@ from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
 from pirl.infer.potential import NO_DENSITY, Potential, Values
 
+__all__ = ["find_start", "find_starts"]
+
 START_ATTEMPTS = 100
 
 
@@ -39,6 +41,11 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
 
     Raises:
         NonFiniteError: there is none among 100 candidates; names the site.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.HalfNormal(1.0)))
+        >>> find_start(potential, {"x": torch.tensor(1.0)})  # unconstrained: the logarithm
+        {'x': tensor(0.)}
     """
     if isinstance(init, str) and init not in ("uniform", "prior"):
         raise OptionError(
@@ -83,6 +90,12 @@ def find_starts(
     Raises:
         NonFiniteError: some start has no finite log density and gradient after 100 attempts; names the site.
         OptionError: no such ``init``, or values of another number of starts.
+
+    Example:
+        >>> posterior = pirl.fit(model, demos, mdp, features, init="laplace", num_chains=4, num_warmup=50,
+        ...                      num_samples=10, num_prior=0, num_posterior_predictive=0)
+        >>> posterior.posterior.sizes["chain"]
+        4
     """
     numbers = random_numbers(seed, STARTS, 0)
     reseed(seed, 0)

@@ -20,6 +20,8 @@ from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential, Values
 from pirl.infer.start import find_start
 
+__all__ = ["run"]
+
 GUIDES: dict[str, Callable[..., Any]] = {
     "normal": autoguide.AutoDiagonalNormal,
     "multivariate_normal": autoguide.AutoMultivariateNormal,
@@ -172,12 +174,18 @@ def run(
         max_steps: steps after which the search ends unconverged, with a warning.
         learning_rate: first step size of Adam.
         tolerance: growth of the ELBO over 100 steps, in nats, that is too small to go on.
-        init: where the location starts, see :func:`~pirl.infer.start.find_start`.
+        init: where the location starts, see :func:`pirl.infer.start.find_start`.
         resample: let the draws follow their importance weights, where k-hat < 0.7 allows it.
 
     Raises:
         OptionError: no such guide.
         NonFiniteError: no start with a finite log density and gradient, or an ELBO that stays not finite.
+
+    Example:
+        >>> potential = pirl.infer.Potential(lambda: pyro.sample("x", dist.Normal(1.0, 2.0)))
+        >>> draws = run(potential, guide="normal", num_samples=100, max_steps=2000, progress=False)
+        >>> draws.values["x"].shape
+        torch.Size([1, 400])
     """
     count = num_chains * num_samples
     args, kwargs = potential.args, potential.kwargs

@@ -42,7 +42,12 @@ PolicyStep = Callable[[Any, Generator], Policy]
 
 
 class GuidedPosterior(NamedTuple):
-    """What :func:`bayesian_guided_cost` found."""
+    """What :func:`bayesian_guided_cost` found.
+
+    Example:
+        >>> GuidedPosterior._fields
+        ('posterior', 'pool', 'history')
+    """
 
     posterior: xarray.DataTree
     """Labelled with how well log Z is known (attrs "partition_...")."""
@@ -61,7 +66,12 @@ class GuidedPosterior(NamedTuple):
 
 
 class GuidedPool(NamedTuple):
-    """What :func:`guided_pool` found; see :class:`GuidedPosterior`."""
+    """What :func:`guided_pool` found; see :class:`GuidedPosterior`.
+
+    Example:
+        >>> GuidedPool._fields
+        ('pool', 'history')
+    """
 
     pool: Any
     history: list[dict[str, float]]
@@ -118,8 +128,11 @@ def bayesian_guided_cost(
         SimulatorError: the simulator failed.
 
     Example:
-        >>> found = bayesian_guided_cost(model, demos, pirl.simulators.TabularSimulator(mdp), features)
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> quick = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
+        >>> found = bayesian_guided_cost(sampled_model, walks[:2], simulator, marks, **quick)
         >>> found.posterior.attrs["partition_trusted"]
+        'True'
     """
     # What could be refused after all rounds is refused before them.
     check_options(engine, get_engine(engine), options.keys() - inspect.signature(fit).parameters.keys())
@@ -150,6 +163,12 @@ def guided_pool(
     """The pool of :func:`bayesian_guided_cost` alone, for ``pirl.fit(model, demos, pool, ...)`` with any engine.
 
     Arguments and errors are those of :func:`bayesian_guided_cost`.
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> found = guided_pool(sampled_model, walks[:2], simulator, marks)
+        >>> found.pool.horizon, sorted(found.history[0])
+        (8, ['ess', 'pareto_k', 'samples', 'trusted'])
     """
     if num_rounds < 1 or num_policies < 1 or num_rollouts < 4:
         raise OptionError("num_rounds and num_policies must be at least 1, num_rollouts at least 4")

@@ -65,8 +65,9 @@ def td_term(
 
 @dataclass(frozen=True, eq=False)
 class OfflinePosterior:
-    """What :func:`offline_posterior` learned: laws of rewards, and the demonstrator's policy (a :class:`pirl.Policy`).
+    """What :func:`offline_posterior` learned: laws of rewards, and the demonstrator's policy.
 
+    It is itself that policy, as a :class:`pirl.simulators.Policy`.
     States are vectors ``[*batch, ds]``, or numbers ``[*batch]`` where the demonstrations are tabular; actions are whole
     numbers ``[*batch]`` (or ``[*batch, 1]`` beside vectors). Answers are of the demonstrations' precision, though the
     networks are in float32.
@@ -75,6 +76,14 @@ class OfflinePosterior:
         num_actions: A.
         history: by name, the objective and its terms ("objective", "policy", "kl", "td") at each step
             ``[num_steps]``, of its batch.
+
+    Example:
+        >>> found = offline_posterior(demos, num_actions=5, num_states=25, num_steps=20)
+        >>> states = torch.arange(25)
+        >>> found.log_policy(states).shape, found.greedy(states).shape
+        (torch.Size([25, 5]), torch.Size([25]))
+        >>> found.history["objective"].shape
+        torch.Size([20])
     """
 
     num_actions: int

@@ -19,7 +19,13 @@ from pirl.trajectories import Trajectories
 
 
 class HeldOut(NamedTuple):
-    """Log-likelihood of held-out choices (:func:`held_out_log_likelihood`)."""
+    """Log-likelihood of held-out choices (:func:`held_out_log_likelihood`).
+
+    Example:
+        >>> found = pirl.metrics.held_out_log_likelihood(pirl.soft_policy(mdp, truth), demos[:4])
+        >>> found.per_decision.shape, found.episodes.shape, found.decisions
+        (torch.Size([]), torch.Size([4]), tensor([15, 15, 15, 15]))
+    """
 
     per_decision: Float[Tensor, "*batch"]
     """Sum over all episodes by the number of decisions."""
@@ -30,7 +36,13 @@ class HeldOut(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """How far apart two policies are, averaged over the states that the first visits (:func:`policy_divergence`)."""
+    """How far apart two policies are, averaged over the states that the first visits (:func:`policy_divergence`).
+
+    Example:
+        >>> found = pirl.metrics.policy_divergence(mdp, pirl.soft_policy(mdp, truth), pirl.soft_policy(mdp, 2 * truth))
+        >>> bool(found.kl > 0), bool(0 < found.total_variation < 1)
+        (True, True)
+    """
 
     kl: Float[Tensor, "*batch"]
     """KL(p || q) of the action distributions, in nats; infinite where p does what q never does."""

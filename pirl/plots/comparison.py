@@ -53,8 +53,10 @@ def plot_estimates(
         OptionError: an estimate, an error or a truth is of a parameter (or element) that has no draws.
 
     Example:
+        >>> import matplotlib.pyplot as plt
         >>> estimate = pirl.baselines.maxent(demos, mdp, features)
-        >>> plot_estimates(ax, {"weights": draws}, {"MaxEnt": estimate.parameters},
+        >>> draws = posterior.posterior["weights"].values.reshape(-1, 3)
+        >>> plot_estimates(plt.subplots()[1], {"weights": draws}, {"MaxEnt": estimate.parameters},
         ...                {"MaxEnt": estimate.standard_errors()}, label="weight (nats)")
     """
     from matplotlib.container import ErrorbarContainer
@@ -160,7 +162,9 @@ def calibration_table(
         HorizonError: an episode is longer than the policy.
 
     Example:
-        >>> calibration_table(pirl.soft_policy(mdp, reward), held_out, bins=5)
+        >>> table = calibration_table(pirl.soft_policy(mdp, truth), demos, bins=5)
+        >>> list(table.columns), len(table)
+        (['lower', 'upper', 'predicted', 'frequency', 'low', 'high', 'count'], 5)
     """
     import pandas
     from scipy.stats import beta
@@ -238,8 +242,12 @@ def plot_calibration(ax: Axes, tables: pandas.DataFrame | Mapping[str, pandas.Da
         OptionError: a column is missing, or there is no table.
 
     Example:
-        >>> plot_calibration(ax, {"posterior": calibration_table(mean_policy(log_policies), held_out),
-        ...                       "MaxEnt": calibration_table(estimate.log_policy, held_out)})
+        >>> import matplotlib.pyplot as plt
+        >>> estimate = pirl.baselines.maxent(demos[:20], mdp, features)
+        >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)
+        >>> mean = pirl.policies.mean_policy(pirl.soft_policy(mdp, rewards))
+        >>> plot_calibration(plt.subplots()[1], {"posterior": calibration_table(mean, demos),
+        ...                                      "MaxEnt": calibration_table(estimate.log_policy, demos[20:])})
     """
     named = tables if isinstance(tables, Mapping) else {"": tables}
     if not named:
@@ -290,7 +298,9 @@ def plot_comparison(table: pandas.DataFrame) -> Figure:
         OptionError: there is no column ``log_likelihood``, or no row.
 
     Example:
-        >>> plot_comparison(pirl.compare(entries, held_out, mdp, truth=reward)).savefig("comparison.pdf")
+        >>> answers = {"MaxEnt": pirl.baselines.maxent(demos[:20], mdp, features),
+        ...            "cloning": pirl.baselines.cloning(demos[:20], mdp)}
+        >>> plot_comparison(pirl.compare(answers, demos[20:], mdp, truth=truth)).savefig("comparison.pdf")
     """
     _has(table, "log_likelihood")
     if not len(table):

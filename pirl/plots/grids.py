@@ -43,7 +43,10 @@ def mark_cells(
         OptionError: a cell is not on the grid.
 
     Example:
-        >>> mark_cells(ax, (4, 4), walls=[(1, 1)], terminals=mdp.terminal, visited=demos)
+        >>> import matplotlib.pyplot as plt
+        >>> ax = plt.subplots()[1]
+        >>> list(mark_cells(ax, (4, 4), walls=[(1, 1)], terminals=[15], visited=walks))
+        ['wall', 'terminal', 'demonstrated']
     """
     from matplotlib.collections import PatchCollection
     from matplotlib.lines import Line2D

@@ -54,7 +54,10 @@ def plot_reward_map(
         OptionError: there are more or fewer values than cells.
 
     Example:
-        >>> plot_reward_map(ax, reward.mean(0), 6, 6, "posterior mean", label="reward (nats)", centre=0.0)
+        >>> import matplotlib.pyplot as plt
+        >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)  # [D, S, A], the same for all actions
+        >>> mean = rewards[..., 0].mean(0)
+        >>> plot_reward_map(plt.subplots()[1], mean, 5, 5, "posterior mean", label="reward (nats)", centre=0.0)
     """
     values = as_array(values)
     if values.size != rows * cols:
@@ -76,6 +79,10 @@ def plot_reward_posterior(
     """Draw maps of the posterior mean and sd of a state reward ``[draws, rows * cols]``, and of the truth if known.
 
     The mean and the truth share their colour scale. :func:`plot_reward_summary` says more.
+
+    Example:
+        >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)  # [D, S, A], the same for all actions
+        >>> plot_reward_posterior(rewards[..., 0], 5, 5, truth=truth).savefig("reward.png")
     """
     rewards = as_array(rewards).reshape(-1, rows * cols)
     mean = rewards.mean(axis=0)
@@ -117,8 +124,8 @@ def plot_reward_summary(
         OptionError: the draws do not fit the grid, are fewer than two, or ``relative_to`` is neither.
 
     Example:
-        >>> rewards = pirl.linear_reward(features, weights)  # [D, S, 1]
-        >>> plot_reward_summary(rewards, (6, 6), relative_to="mean", visited=demos).savefig("reward.pdf")
+        >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)  # [D, S, A], the same for all actions
+        >>> plot_reward_summary(rewards[..., 0], (5, 5), relative_to="mean", visited=demos).savefig("reward.pdf")
     """
     if relative_to not in ("zero", "mean"):
         raise OptionError(f"relative_to is {relative_to!r}: choose 'zero' or 'mean'")
@@ -180,8 +187,10 @@ def plot_policy(
         OptionError: there is not one move for each action.
 
     Example:
-        >>> mean = pirl.policies.mean_policy(pirl.soft_policy(mdp, rewards))  # of [D, S, A]
-        >>> plot_policy(ax, mean.exp(), (6, 6), terminals=mdp.terminal)
+        >>> import matplotlib.pyplot as plt
+        >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)
+        >>> mean = pirl.policies.mean_policy(pirl.soft_policy(mdp, rewards))
+        >>> plot_policy(plt.subplots()[1], mean.exp(), (5, 5), terminals=mdp.terminal)
     """
     rows, cols = shape
     policy = as_array(policy)
@@ -263,10 +272,11 @@ def plot_occupancy(
         OptionError: the numbers of states differ.
 
     Example:
-        >>> visits = lambda states: np.bincount(states[states >= 0], minlength=36) / len(demos)
+        >>> import numpy as np
+        >>> visits = lambda states: np.bincount(states[states >= 0], minlength=25) / len(demos)
         >>> simulated = posterior["posterior_predictive"]["trajectories"].values[..., 0]  # [chain, draw, N, slots]
-        >>> model = np.stack([visits(walks) for walks in simulated.reshape(-1, *simulated.shape[2:])])
-        >>> plot_occupancy(visits(demos.states), model, (6, 6))
+        >>> simulated = np.stack([visits(episodes) for episodes in simulated.reshape(-1, *simulated.shape[2:])])
+        >>> figure = plot_occupancy(visits(demos.states), simulated, (5, 5))
     """
     if not 0 < level < 1:
         raise OptionError(f"level is {level}, but must be between 0 and 1")

@@ -40,7 +40,8 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
         OptionError: every parameter is too large.
 
     Example:
-        >>> plot_posterior(posterior, {"label": "truth", "values": {"mu": 0.5}}).savefig("mu.png")  # doctest: +SKIP
+        >>> figure = plot_posterior(posterior, {"label": "truth", "values": {"weights": [2.0, -1.0, 0.0]}})
+        >>> figure.savefig("weights.png")
     """
     if reference is None:
         reference = json.loads(posterior.attrs.get("reference", "null"))
@@ -84,7 +85,12 @@ def plot_posterior(posterior: xarray.DataTree, reference: Mapping[str, Any] | No
 def plot_density(
     ax: Axes, draws: ArrayLike, reference: float | None = None, error: float | None = None, label: str = "reference"
 ) -> None:
-    """Draw the density of one parameter, its median and 90% interval, and a reference value with its standard error."""
+    """Draw the density of one parameter, its median and 90% interval, and a reference value with its standard error.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> plot_density(plt.subplots()[1], posterior.posterior["weights"].values[..., 0], reference=2.0, label="truth")
+    """
     from arviz_stats.base import array_stats
 
     draws = np.asarray(draws).ravel()
@@ -113,7 +119,13 @@ def plot_joint(
     reference: tuple[float, float] | None = None,
     label: str = "reference",
 ) -> None:
-    """Scatter the draws of two parameters against each other, with a reference point and their correlation."""
+    """Scatter the draws of two parameters against each other, with a reference point and their correlation.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> draws = posterior.posterior["weights"].values.reshape(-1, 3)
+        >>> plot_joint(plt.subplots()[1], draws[:, 0], draws[:, 1], reference=(2.0, -1.0), label="truth")
+    """
     first, second = np.asarray(first).ravel(), np.asarray(second).ravel()
     some = np.linspace(0, len(first) - 1, min(len(first), 2000)).astype(int)
     ax.scatter(first[some], second[some], s=5, color=BLUE, alpha=0.3, linewidths=0, rasterized=True)
@@ -126,7 +138,13 @@ def plot_joint(
 def plot_forest(
     ax: Axes, draws: Mapping[str, ArrayLike], reference: Mapping[str, float] | None = None, label: str = "reference"
 ) -> None:
-    """Draw the median, 50% and 90% interval of many numbers below each other, with reference values by name."""
+    """Draw the median, 50% and 90% interval of many numbers below each other, with reference values by name.
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> draws = posterior.posterior["weights"].values.reshape(-1, 3)
+        >>> plot_forest(plt.subplots()[1], {name: draws[:, i] for i, name in enumerate("abc")}, reference={"a": 2.0})
+    """
     height = np.arange(len(draws))
     low, lower, median, upper, high = np.quantile(
         [np.asarray(values).ravel() for values in draws.values()], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1

@@ -34,6 +34,10 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
 
     Raises:
         OptionError: there are more than 24 elements; name fewer quantities, as ``study[...]`` or in the model.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> plot_ranks(study).savefig("ranks.png")
     """
     ranks = _elements(study, "ranks")
     num_draws = int(study.attrs["num_draws"])
@@ -65,6 +69,10 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
 
     Raises:
         OptionError: there are more than 24 elements.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> plot_recovery(study).savefig("recovery.png")
     """
     truths = {name: truth for name, truth in _elements(study, "prior").items() if name != LOG_LIKELIHOOD}
     recovery = {name: _elements(study, "recovery", name) for name in ("mean", "q5", "q95")}
