@@ -165,7 +165,7 @@ class Rollouts(NamedTuple):
             return states, self.actions, time < length
         return states.clamp_min(0), self.actions.clamp_min(0), time <= length
 
-    def returns(self, reward: Float[Tensor, "*batch S A"]) -> Float[Tensor, "*batch num"]:
+    def returns(self, reward: Tensor) -> Float[Tensor, "*batch num"]:
         """sum_t r(s_t, a_t) of each episode, the no-op of a terminal state included; differentiable in r.
 
         Args:

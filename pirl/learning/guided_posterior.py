@@ -132,7 +132,7 @@ def bayesian_guided_cost(
         >>> quick = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
         >>> found = bayesian_guided_cost(sampled_model, walks[:2], simulator, marks, **quick)
         >>> found.posterior.attrs["partition_trusted"]
-        'True'
+        1
     """
     # What could be refused after all rounds is refused before them.
     check_options(engine, get_engine(engine), options.keys() - inspect.signature(fit).parameters.keys())
