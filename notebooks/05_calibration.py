@@ -124,7 +124,7 @@ def summed(demos, mdp, features):
 # %%
 true_weights = torch.tensor([2.0, -1.0], dtype=mdp.dtype)
 seen = simulate(mdp, pirl.linear_reward(features, true_weights), num_episodes=12, length=STEPS, seed=3)
-fitted = pirl.fit(summed, seen, mdp, features, num_chains=8, num_warmup=200, num_samples=200, progress=False,
+fitted = pirl.fit(summed, seen, mdp, features, num_chains=8, num_warmup=300, num_samples=200, progress=False,
                   num_prior=0, num_posterior_predictive=0, log_likelihood=False)  # fmt: skip
 problems = [finding for finding in pirl.diagnose(fitted) if finding.severity == "problem"]
 print(f"{len(problems)} problems found by pirl.diagnose")
