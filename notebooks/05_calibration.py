@@ -42,8 +42,8 @@ from pirl.verdicts import words
 
 # PIRL_SHORT=1 in the environment: a handful of replicates. For tests, not for conclusions.
 SHORT = os.environ.get("PIRL_SHORT") == "1"
-NUM_REPLICATES = 8 if SHORT else 200
-SIZES = {"num_replicates": NUM_REPLICATES, "num_chains": 8, "num_warmup": 80, "num_samples": 40, "num_draws": 39,
+num_replicates = 8 if SHORT else 200
+SIZES = {"num_replicates": num_replicates, "num_chains": 8, "num_warmup": 80, "num_samples": 40, "num_draws": 39,
          "seed": 1, "progress": False}  # fmt: skip
 pd.set_option("display.precision", 2, "display.width", 140)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from pirl import distributions, message_passing, soft_values
 from pirl.distributions import MaxEntTrajectory, TabularTrajectory
+from pirl.errors import PirlError
 from pirl.infer import batched, chees, ensemble, hmc, nuts, population, potential, smc
 from pirl.infer.adaptation import StepSize
 from pirl.mdp import TabularMDP
@@ -444,3 +447,33 @@ def _() -> Iterator[None]:
 def _() -> Iterator[None]:
     with patch.object(StepSize, "load_state_dict", lambda self, state: None):
         yield
+
+
+def under(name: str, check: Callable[[], Any]) -> BaseException | None:
+    """What a check raises while a fault is at work: in a child process, so that nothing of it stays.
+
+    Objects that other tests share remember what was computed (tables, counts, recorded operations), and must not
+    remember what a broken library computed.
+    """
+    receive, send = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 minds forks of processes that have threads
+        child = os.fork()
+    if child == 0:
+        raised: BaseException | None = None
+        try:
+            torch.manual_seed(0)
+            with FAULTS[name]():
+                check()
+        except BaseException as error:
+            raised = error
+        kind = next((k for k in (AssertionError, PirlError) if isinstance(raised, k)), None) or type(raised)
+        with os.fdopen(send, "wb") as pipe:
+            pipe.write(f"{kind.__name__}\n{raised}".encode()[:4000])
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        kind, _, words = pipe.read().decode(errors="replace").partition("\n")
+    os.waitpid(child, 0)
+    known = {"AssertionError": AssertionError, "PirlError": PirlError}
+    return None if kind == "NoneType" else known.get(kind, RuntimeError)(words or kind)

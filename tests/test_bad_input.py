@@ -629,7 +629,7 @@ def test_every_error_is_pirls_own_and_a_python_one() -> None:
     assert len(kinds) > 15
     for kind in kinds:
         assert kind.__doc__
-        builtin = (ValueError, ArithmeticError, RuntimeError, ImportError, MemoryError)
+        builtin = (ValueError, ArithmeticError, RuntimeError, ImportError, MemoryError, OSError)
         assert kind is PirlError or issubclass(kind, builtin), kind
 
 

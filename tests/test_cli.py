@@ -159,12 +159,11 @@ def test_an_existing_file_stays_until_all_is_written(model: Path, tmp_path: Path
     before = out.read_bytes()
     posterior = read_posterior(out)
 
-    def half(self: Any, path: Path, **options: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+    def broken(handle: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(xarray.DataTree, "to_netcdf", half)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="could not be written: No space left"):
+        patch.setattr(os, "fsync", broken)
         write_posterior(posterior, out)
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir() if "posterior" in path.name) == ["posterior.nc"]

@@ -52,8 +52,8 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.plot(inside.grid, share - inside.grid, color=ORANGE if out else BLUE, linewidth=1.5)
         ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
-    figure.supxlabel("share of the posterior below", fontsize="medium")
-    figure.supylabel("share of truths there, less that", fontsize="medium")
+        ax.set_xlabel("share of the posterior below")
+        ax.set_ylabel("share of truths there,\nless that")
     figure.suptitle(_title(study), fontsize="medium")
     return figure
 
@@ -88,8 +88,8 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
         flat = truth.std() == 0 or recovery["mean"][name].std() == 0
         r = np.nan if flat else np.corrcoef(truth, recovery["mean"][name])[0, 1]
         ax.set_title(f"{name} (r = {r:.2f})", fontsize="medium")
-    figure.supxlabel("truth", fontsize="medium")
-    figure.supylabel("posterior mean, 90% interval", fontsize="medium")
+        ax.set_xlabel("truth")
+        ax.set_ylabel("posterior mean, 90%")
     figure.suptitle(_title(study), fontsize="medium")
     return figure
 
@@ -112,7 +112,7 @@ def _elements(study: xarray.DataTree, group: str, summary: str | None = None) ->
 def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)
-    figure = new_figure(3.4 * columns + 0.4, 2.5 * rows + 0.6)
+    figure = new_figure(3.6 * columns + 0.4, 2.8 * rows + 0.6)
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(len(names))]
 
 
