@@ -153,12 +153,25 @@ def gaussian_base(
 ) -> GaussianKernel:
     """p(a|s) = N(mean, covariance) at every time, as the base policy of vector actions.
 
+    Args:
+        horizon: T, as the simulator's.
+        covariance: of the actions; its dtype must be the simulator's.
+        num_state_dims: ds, coordinates of a state as the simulator gives them.
+        mean: of the actions; 0 by default.
+
+    Raises:
+        OptionError: the covariance is no positive definite matrix, or the mean has another size.
+
     Example:
         >>> gaussian_base(10, torch.eye(1), num_state_dims=3).gain.shape
         torch.Size([10, 1, 3])
     """
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if int(info):
+        raise OptionError(f"covariance {covariance.tolist()} is not positive definite")
     da = len(covariance)
-    factor = torch.linalg.cholesky(covariance)
+    if mean is not None and mean.shape != (da,):
+        raise OptionError(f"mean has shape {tuple(mean.shape)}, but actions have {da} coordinates")
     offset = covariance.new_zeros(da) if mean is None else mean
     parts = covariance.new_zeros(da, num_state_dims), offset, factor
     return GaussianKernel(*(x.expand(horizon, *x.shape) for x in parts))

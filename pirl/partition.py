@@ -294,6 +294,7 @@ class Particles(NamedTuple):
 
 def smc(
     particles: Particles,
+    *,
     num_steps: int,
     num_particles: int,
     num_runs: int = 16,
@@ -571,6 +572,9 @@ def require_trusted(estimate: PartitionEstimate, num_demonstrations: int, share:
 
 
 def _check(log_weights: Tensor) -> None:
+    if not isinstance(log_weights, Tensor) or log_weights.dim() < 1 or log_weights.shape[-1] < 1:
+        kind = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise PartitionError(f"log weights are {kind}; expected a tensor [*batch, N] of at least one sample")
     wrong = log_weights.isnan() | (log_weights == torch.inf)
     if bool(wrong.any()):
         raise PartitionError(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidTrajectoriesError, PartitionError
+from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, PartitionError
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
 
@@ -60,11 +60,16 @@ class Pool:
         """A pool of one policy's roll-outs.
 
         Args:
-            base: the base measure over actions; for a finite problem ``pirl.simulators.base_policy(mdp)``.
+            base: the base measure over actions; for a finite problem ``pirl.simulators.base_policy(mdp)``, which is that
+                of :class:`pirl.MaxEntTrajectory` as well. None: the counting (or Lebesgue) measure, under which every
+                decision multiplies Z by the number of actions.
 
         Raises:
+            OptionError: the roll-outs are none.
             PartitionError: a roll-out has density 0, NaN or infinity under its own policy.
         """
+        if not isinstance(rollouts, Rollouts):
+            raise OptionError(f"rollouts is a {type(rollouts).__name__}: give what roll_out returned, then its policy")
         log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
         pool = cls(
             rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
@@ -132,7 +137,18 @@ class Pool:
         return len(self.lengths)
 
     def __repr__(self) -> str:
-        return f"Pool({len(self)} samples of {len(self.policies)} policies)"
+        measure = "" if self.base is not None else ", counting measure" if self.tabular else ", Lebesgue measure"
+        return f"Pool({len(self)} samples of {len(self.policies)} policies{measure})"
+
+    @property
+    def num_states(self) -> int | None:
+        """S, where a table of the base measure or of a policy tells it."""
+        for law in (self.base, *self.policies):
+            for name in ("log_prior", "log_policy"):
+                table = getattr(law, name, None)
+                if self.tabular and isinstance(table, Tensor):
+                    return int(table.shape[-2])
+        return None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -116,9 +116,7 @@ class _Given(Messenger):
     def _postprocess_message(self, message: Any) -> None:
         if message["type"] != "sample":
             return
-        fn = message["fn"]
-        while not isinstance(fn, (TabularTrajectory, SampledMaxEntTrajectory)) and hasattr(fn, "base_dist"):
-            fn = fn.base_dist
+        fn = _law(message["fn"])
         if isinstance(fn, TabularTrajectory):
             self.laws[message["name"]] = fn
         elif isinstance(fn, SampledMaxEntTrajectory):
@@ -129,6 +127,13 @@ class _Given(Messenger):
             raise OptionError(
                 f"the posterior has no site {message['name']!r}: it is of another model, or of other arguments"
             )
+
+
+def _law(fn: Any) -> Any:
+    """The distribution of trajectories inside of others, if it is one."""
+    while not isinstance(fn, (TabularTrajectory, SampledMaxEntTrajectory)) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def trajectory_laws(
@@ -213,6 +218,9 @@ def prior_rewards(
             trace = pyro.poutine.trace(model).get_trace(*args)
             latent = {name: site["value"] for name, site in trace.nodes.items()
                       if site["type"] == "sample" and not site["is_observed"]}  # fmt: skip
+            for name in latent:
+                if isinstance(_law(trace.nodes[name]["fn"]), SampledMaxEntTrajectory):
+                    raise ModelError(f"site {name!r} observes nothing: give it obs=demos.as_tensor()")
             with _Given(latent) as given:
                 model(*args)
             if not given.sampled:

@@ -155,10 +155,16 @@ class SampledMaxEntTrajectory(TorchDistribution):
         if isinstance(reward, Tensor):
             if not pool.tabular:
                 raise InvalidRewardError("a table of rewards needs numbered states: give a function or a FeatureReward")
+            rows = pool.num_states
+            if reward.dim() < 2 or (rows is not None and reward.shape[-2] != rows):
+                raise InvalidRewardError(
+                    f"a reward {tuple(reward.shape)} does not fit the pool: it must be [*batch, {rows or 'S'}, A], or "
+                    f"[*batch, {rows or 'S'}, 1]"
+                )
             num_actions = max(reward.shape[-1], int(pool.actions.max()) + 1)
             shape = (reward.shape[-2], num_actions)
             counts, used = pool.visits(table, shape)
-            if int(used.max()) >= reward.shape[-2] * num_actions or reward.dim() < 2:
+            if int(used.max()) >= reward.shape[-2] * num_actions:
                 raise InvalidRewardError(f"a reward {tuple(reward.shape)} has no row for every state of the pool")
             values = reward.expand(*reward.shape[:-1], num_actions).flatten(-2)[..., used]
             counts = counts.to(values.dtype)

@@ -313,3 +313,55 @@ def test_wrong_options_are_refused_before_the_first_roll_out(wrong: dict[str, An
 
     with pytest.raises(OptionError, match=str(*wrong.values()) if "num_rollout" not in wrong else "num_rollout"):
         bayesian_guided_cost(model, demos, Untouched(mdp), features, progress=False, **wrong)
+
+
+def test_what_stands_in_the_wrong_place_is_named() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+    simulator = TabularSimulator(mdp)
+    calls: list[tuple[tuple[Any, ...], str]] = [
+        ((demos, mdp, features), "TabularSimulator"),
+        ((simulator, demos, features), "demos is a TabularSimulator"),
+        ((demos, features, simulator), "in this order"),
+        ((demos, simulator, features.numpy()), "torch.as_tensor"),
+        ((demos, simulator, lambda s, a: features[s]), "table"),
+    ]
+    for arguments, told in calls:
+        with pytest.raises(OptionError, match=told):
+            guided_cost(*arguments, num_rollouts=10)
+    spoilt = features.clone()
+    spoilt[2, 1] = math.nan
+    with pytest.raises(InvalidRewardError, match=r"features\[2, 1\] is nan"):
+        guided_cost(demos, simulator, spoilt, num_rollouts=10)
+
+
+def test_models_that_guided_cost_learning_cannot_use_are_named() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+
+    def exact(demos: pirl.Trajectories, pool: Any, features: Tensor) -> None:
+        exact_model(demos, pool, features)
+
+    def forgetful(demos: pirl.Trajectories, pool: pirl.Pool, features: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([features.shape[-1]]).to_event(1))
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("trajectories", pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights)))
+
+    options = {"num_rollouts": 10, "progress": False}
+    with pytest.raises(ModelError, match="observes a SampledMaxEntTrajectory"):
+        bayesian_guided_cost(exact, demos, TabularSimulator(mdp), features, **options)
+    with pytest.raises(ModelError, match="obs=demos"):
+        bayesian_guided_cost(forgetful, demos, TabularSimulator(mdp), features, **options)
+
+
+def test_features_of_vectors_are_looked_at_first() -> None:
+    given = puck.load(num_demos=5, horizon=5)
+    system, table = given["system"], given["demos"]
+    demos = pirl.ContinuousTrajectories(table[..., :2], table[:, :-1, 2:])
+    good = lambda s, a: -(s**2)  # noqa: E731
+    wrong: list[tuple[Any, str]] = [
+        (lambda s, a: good(s, a).sum(-1), "stack them in the last dim"),
+        (lambda s, a: good(s, a).float(), "float32"),
+        (lambda s, a: good(s, a) * math.inf, "not finite"),
+    ]
+    for features, told in wrong:
+        with pytest.raises(InvalidRewardError, match=told):
+            guided_cost(demos, system, features, base=system.base_policy, num_rollouts=10)

@@ -243,13 +243,13 @@ def test_draws_of_the_tilted_law_have_constant_weights(noise: str) -> None:
 @pytest.mark.parametrize("noise", NOISES)
 def test_the_exact_twist_leaves_particles_without_variance(noise: str) -> None:
     problem, reward = system(noise), rewards()
-    exact = smc(problem.particles(reward), T, 50, num_runs=4)
+    exact = smc(problem.particles(reward), num_steps=T, num_particles=50, num_runs=4)
     assert float((exact.log_partition - problem.log_partition(reward)).abs()) < 1e-9
     assert float(exact.standard_error) < 1e-7  # the root of a difference that is rounding
     assert float(exact.ess) == pytest.approx(200, rel=1e-9)
     # Guided by another reward they have a spread, and the right mean.
     guide = rewards(seed=30)
-    rough = smc(problem.particles(reward, guide), T, 500, num_runs=40)
+    rough = smc(problem.particles(reward, guide), num_steps=T, num_particles=500, num_runs=40)
     assert 1e-4 < float(rough.standard_error) < 0.1
     error = (rough.log_partition - problem.log_partition(reward)).abs()
     assert float(error) < 4 * float(rough.standard_error) + float(rough.standard_error) ** 2

@@ -183,7 +183,9 @@ class Chain:
 
 def test_exact_twist_and_tilted_draws_have_no_variance() -> None:
     chain = Chain()
-    estimate = smc(chain.particles(exact=True), chain.horizon, 7, num_runs=5, generator=chain.generator)
+    estimate = smc(
+        chain.particles(exact=True), num_steps=chain.horizon, num_particles=7, num_runs=5, generator=chain.generator
+    )
     torch.testing.assert_close(estimate.log_partition.detach(), chain.log_z, rtol=1e-12, atol=1e-12)
     assert float(estimate.standard_error) < 1e-7
     assert float(estimate.ess) == pytest.approx(35, rel=1e-9)
@@ -191,7 +193,10 @@ def test_exact_twist_and_tilted_draws_have_no_variance() -> None:
 
 def test_particles_find_log_z_and_its_gradient() -> None:
     chain = Chain()
-    estimate = smc(chain.particles(exact=False), chain.horizon, 2_000, num_runs=30, generator=chain.generator)
+    estimate = smc(
+        chain.particles(exact=False), num_steps=chain.horizon, num_particles=2_000, num_runs=30,
+        generator=chain.generator,
+    )  # fmt: skip
     assert float(estimate.standard_error) > 0
     assert abs(float(estimate.log_partition.detach() - chain.log_z)) < 4 * float(estimate.standard_error)
     (gradient,) = torch.autograd.grad(estimate.log_partition, chain.reward)
@@ -263,3 +268,9 @@ def test_a_flat_tail_is_no_heavy_tail() -> None:
                 weights = torch.cat([torch.full((top,), 2.0), torch.linspace(-3.0, 0.0, size - top)]).double()
                 khat = float(importance(weights).pareto_k)
                 assert khat == -math.inf or math.isfinite(khat)
+
+
+def test_weights_of_another_form_are_refused() -> None:
+    for wrong in (torch.tensor(0.0), torch.zeros(0), torch.zeros(3, 0)):
+        with pytest.raises(PartitionError, match=r"\[\*batch, N\]"):
+            pirl.partition._check(wrong)

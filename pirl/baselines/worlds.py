@@ -14,6 +14,7 @@ from pirl.continuous import ContinuousTrajectories
 from pirl.errors import InvalidRewardError, OptionError
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
+from pirl.mdp import TabularMDP
 from pirl.particles import ValuedPolicy, tilt
 from pirl.pool import Features, Pool
 from pirl.rewards import linear_reward
@@ -193,6 +194,22 @@ class VectorWorld(World):
         self.features, self.learner = features, learner
         self._policy: Policy | None = None
 
+    def begin(self, num_rollouts: int) -> slice:
+        """Fill the pool with roll-outs of the base policy, and look at what the features say of some."""
+        newest = super().begin(num_rollouts)
+        states, actions, _ = self.pool.decisions(None, None)
+        found = self.features(states[:2], actions[:2])
+        if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:-1] != states[:2].shape[:-1]:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InvalidRewardError(
+                f"features(states {tuple(states[:2].shape)}, actions {tuple(actions[:2].shape)}) returned {shape}; "
+                f"expected [{', '.join(map(str, states[:2].shape[:-1]))}, K]: stack them in the last dim"
+            )
+        if found.dtype != self.pool.dtype or not bool(found.isfinite().all()):
+            problem = f"{found.dtype}, the roll-outs {self.pool.dtype}" if found.isfinite().all() else "not finite"
+            raise InvalidRewardError(f"features are {problem}")
+        return newest
+
     def reward(self, weights: Tensor) -> FeatureReward:
         return FeatureReward(self.features, weights)
 
@@ -223,11 +240,38 @@ def make_world(
     base: Policy | None,
     learner: Any,
 ) -> World:
-    """A world of tables if features are one, else one of vectors."""
+    """A world of tables if features are one, else one of vectors.
+
+    Raises:
+        OptionError: what was given is of another kind than its place; says what belongs there.
+        InvalidRewardError: features that are not numbers, or not finite.
+    """
+    _check_kinds(demos, simulator, features)
     if not isinstance(features, Tensor):
         return VectorWorld(demos, simulator, features, seed, base, learner)
     if not isinstance(simulator, FiniteSimulator):
         raise OptionError("features as a table need a finite simulator: give a function of states and actions")
+    if not bool(features.isfinite().all()):
+        place = (~features.isfinite()).nonzero()[0].tolist()
+        raise InvalidRewardError(f"features{place} is {float(features[tuple(place)])}: features must be finite")
     if base is not None or learner is not None:
         raise OptionError("a finite simulator has its own base policy and learner: leave out base= and learner=")
     return FiniteWorld(demos, simulator, features, seed, explore, reading)
+
+
+def _check_kinds(demos: Any, simulator: Any, features: Any) -> None:
+    if not hasattr(demos, "as_tensor"):
+        raise OptionError(f"demos is a {type(demos).__name__}: give Trajectories or ContinuousTrajectories first")
+    if isinstance(simulator, TabularMDP):
+        raise OptionError("the simulator is a TabularMDP: wrap it, pirl.simulators.TabularSimulator(mdp)")
+    if not (hasattr(simulator, "reset") and hasattr(simulator, "step")) and not hasattr(simulator, "roll_out"):
+        raise OptionError(
+            f"the simulator is a {type(simulator).__name__}, which cannot be played: give demonstrations, a simulator "
+            "and features, in this order"
+        )
+    if isinstance(features, Tensor):
+        return
+    if not callable(features):
+        raise OptionError(f"features is a {type(features).__name__}: give a tensor (torch.as_tensor) or a function")
+    if isinstance(simulator, FiniteSimulator):
+        raise OptionError("features of a finite simulator are a table [S, K] or [S, A, K]: call the function on it")

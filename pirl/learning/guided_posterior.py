@@ -141,7 +141,16 @@ def bayesian_guided_cost(
         num_policies=num_policies, num_rollouts=num_rollouts, seed=seed, particles=particles,
         guide_options=guide_options,
     )  # fmt: skip
-    posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        posterior = fit(model, demos, pool, *args, engine=engine, seed=seed, progress=progress, **options)
+    for warning in told:
+        message = str(warning.message).replace(
+            "add samples of policies nearer to the posterior",
+            f"its {len(history)} rounds of {num_policies} policies with {num_rollouts} roll-outs did not reach it: raise "
+            "num_rounds or num_rollouts",
+        )
+        warnings.warn(message, warning.category, stacklevel=2)
     return GuidedPosterior(posterior, pool, history)
 
 
@@ -198,7 +207,13 @@ def guided_pool(
     def given() -> tuple[Any, ...]:
         return demos, pools if several else pools[0], *args
 
-    rewards = prior_rewards(model, *given(), num_draws=num_policies, seed=seed, dtype=pools[0].dtype)
+    try:
+        rewards = prior_rewards(model, *given(), num_draws=num_policies, seed=seed, dtype=pools[0].dtype)
+    except (AttributeError, TypeError) as error:
+        raise ModelError(
+            f"the model cannot be run on (demos, pool, *args): {' '.join(str(error).split())}; its first arguments are "
+            "the demonstrations and the pool, and it observes a SampledMaxEntTrajectory(pool, reward)"
+        ) from error
     for number in range(num_rounds):
         for reward in rewards:
             policy = policy_step(reward, generator)

@@ -94,6 +94,10 @@ class OfflinePosterior:
     _options: _Options = field(repr=False)
     _dtype: torch.dtype = field(repr=False)
 
+    def __repr__(self) -> str:
+        steps = len(self.history["objective"])
+        return f"OfflinePosterior({self.num_actions} actions, {steps} steps, variational: a first look)"
+
     @torch.no_grad()
     def reward(self, states: Tensor, actions: Tensor) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
         """Mean and standard deviation of q(r|s,a) ``[*batch]`` each."""
