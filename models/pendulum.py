@@ -12,7 +12,9 @@ Torque beyond the limits is clipped, so that demonstrations have many actions at
 over the allowed torques, and the policies that propose have densities that are constant within bins, closed at the
 bounds: an action at a bound has the density of its bin (a smoothed density, no atom).
 
-    pirl fit models/pendulum.py --set num_demos=5 --plot costs.png
+Most of the time goes into pools, TIMEP.
+
+    pirl fit models/pendulum.py --set num_demos=2 --set horizon=50 --plot costs.png
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from pirl.errors import InterruptedWarning, ModelError, OptionError, PirlError
+from pirl.errors import InterruptedWarning, ModelError, OptionError, PirlError, check_counts
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
@@ -127,8 +127,7 @@ def calibrate(
     given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
     counts = SIZES[engine] | {name: count for name, count in given.items() if count is not None}
     for name, count in (counts | {"num_replicates": num_replicates, "num_draws": num_draws}).items():
-        if count < (name != "num_warmup"):
-            raise OptionError(f"{name} is {count}, but must be at least {int(name != 'num_warmup')}")
+        check_counts(int(name != "num_warmup"), **{name: count})
     if counts["num_chains"] * counts["num_samples"] < num_draws:
         raise OptionError(
             f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}"

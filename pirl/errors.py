@@ -7,6 +7,9 @@ missing extra).
 
 from __future__ import annotations
 
+from numbers import Integral
+from typing import Any
+
 
 class PirlError(Exception):
     """Base class of all errors that pirl raises on purpose."""
@@ -138,3 +141,17 @@ class InterruptedWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint could not be written; the run goes on, and the last good checkpoint is intact."""
+
+
+def check_counts(least: int, **counts: Any) -> None:
+    """Refuse what is no whole number, or too small a one.
+
+    Raises:
+        OptionError: names it.
+
+    Example:
+        >>> check_counts(1, num_rollouts=500)
+    """
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+            raise OptionError(f"{name} is {count!r}, but must be a whole number, at least {least}")

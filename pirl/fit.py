@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, OptionError
+from pirl.errors import ConvergenceWarning, OptionError, check_counts
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
@@ -108,9 +108,9 @@ def fit(
     parameters = inspect.signature(run).parameters
     given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
     counts = {name: parameters[name].default if count is None else count for name, count in given.items()}
-    for name, count in (counts | {"thin": thin}).items():
-        if count < (name != "num_warmup"):
-            raise OptionError(f"{name} is {count}, but must be at least {int(name != 'num_warmup')}")
+    simulated = {"num_prior": num_prior, "num_posterior_predictive": num_posterior_predictive}
+    check_counts(0, num_warmup=counts["num_warmup"], **simulated)
+    check_counts(1, num_chains=counts["num_chains"], num_samples=counts["num_samples"], thin=thin)
     kwargs, options = own_keywords(model, options, model_kwargs)
     check_options(engine, run, options)
     samples = "ranks" in parameters  # else it approximates

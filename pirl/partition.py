@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import PartitionError
+from pirl.errors import OptionError, PartitionError, check_counts
 
 __all__ = [
     "ParticleRuns",
@@ -235,6 +235,9 @@ def multilevel(
         >>> multilevel(lambda n: torch.zeros(n), 10).log_partition
         tensor(0.)
     """
+    if not callable(draw):
+        raise OptionError(f"draw is a {type(draw).__name__}: give a function of n that makes n log weights")
+    check_counts(1, num_replicates=num_replicates, base=base)
     uniform = torch.rand(num_replicates, generator=generator, dtype=torch.float64)
     level = (uniform.log() / math.log(_SHARE_OF_LEVELS)).floor().long()  # geometric
     values, weights = [], []
@@ -547,8 +550,8 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
     if low < need:
         moved = math.sqrt(num_demonstrations / max(low, 1e-9))
         found.append(
-            f"{low:.0f} effective samples of {estimate.num_samples} for {num_demonstrations} demonstrations "
-            f"(needed: {need}) may move posterior means by {moved:.2g} standard deviations"
+            f"{low:.0f} effective samples of {estimate.num_samples} for {num_demonstrations} demonstration"
+            f"{'s' if num_demonstrations > 1 else ''} (needed: {need}) may move posterior means by {moved:.2g} standard deviations"
         )
     if high >= most:
         found.append(f"Pareto k-hat of the weights is {high:.2f} (at most {most:.2f})")

@@ -60,9 +60,9 @@ class Pool:
         """A pool of one policy's roll-outs.
 
         Args:
-            base: the base measure over actions; for a finite problem ``pirl.simulators.base_policy(mdp)``, which is that
-                of :class:`pirl.MaxEntTrajectory` as well. None: the counting (or Lebesgue) measure, under which every
-                decision multiplies Z by the number of actions.
+            base: the base measure over actions; for a finite problem ``pirl.simulators.base_policy(mdp)``, which is
+                that of :class:`pirl.MaxEntTrajectory` as well. None: the counting (or Lebesgue) measure, under which
+                every decision multiplies Z by the number of actions.
 
         Raises:
             OptionError: the roll-outs are none.

@@ -198,6 +198,11 @@ class StableBaselines:
         """Decisions so far, repeated states included."""
         return self._played.steps_taken
 
+    @property
+    def steps_at_once(self) -> int:
+        """Numbers of decisions are rounded up to whole multiples: a batch of PPO, or a row of copies."""
+        return self._played.num_envs * (self._model.n_steps if self._played.pays else 1)
+
     def transitions(self) -> Transitions:
         """Those of the last :meth:`improve`.
 

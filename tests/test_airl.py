@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pirl
 from pirl.baselines import airl
+from pirl.baselines.airl import _check_kinds
 from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError
 
 CHANCES = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64)
@@ -144,7 +145,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InvalidTrajectoriesError, match="whole numbers below 2"):
         airl(demos, fewer, 100)
     for options in ({"num_steps": 0}, {"num_steps": 9, "batch_size": 0}, {"num_steps": 9, "learning_rate": 0.0}):
-        with pytest.raises(OptionError, match="must be positive"):
+        with pytest.raises(OptionError, match="at least 1|must be positive"):
             airl(demos, Exact(), **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="gradient_penalty=-1"):
         airl(demos, Exact(), 9, gradient_penalty=-1.0)
@@ -236,3 +237,16 @@ def test_ppo_and_the_discriminator_meet() -> None:
     # The chances of one round's 512 decisions have standard errors of 0.5 / sqrt(256) = 0.03.
     torch.testing.assert_close(policy.exp(), CHANCES, rtol=0, atol=4 * 0.03)
     torch.testing.assert_close(log_odds(found.reward).exp(), CHANCES, rtol=0, atol=4 * 0.03)
+
+
+def test_what_is_no_learner_or_too_few_steps_is_named() -> None:
+    # Called directly, as the tests' own check of types would be first.
+    with pytest.raises(OptionError, match="pirl.baselines.adversarial"):
+        _check_kinds(pirl.Trajectories([[0, 1]], [[0]]), Exact())
+    with pytest.raises(OptionError, match="StableBaselines"):
+        _check_kinds(demonstrations(40), "CartPole-v1")
+    batches = Exact()
+    batches.steps_at_once = 512  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="takes 512 at once"):
+        airl(demonstrations(40), batches, 400, **SMALL)
+    assert batches.steps_taken == 0

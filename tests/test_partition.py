@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from pirl.envs import random_mdp
-from pirl.errors import PartitionError
+from pirl.errors import OptionError, PartitionError
 from pirl.message_passing import messages
 from pirl.partition import (
     Particles,
     PartitionEstimate,
+    _check,
     importance,
     log_mean_exp,
     mixture_log_density,
@@ -273,4 +274,9 @@ def test_a_flat_tail_is_no_heavy_tail() -> None:
 def test_weights_of_another_form_are_refused() -> None:
     for wrong in (torch.tensor(0.0), torch.zeros(0), torch.zeros(3, 0)):
         with pytest.raises(PartitionError, match=r"\[\*batch, N\]"):
-            pirl.partition._check(wrong)
+            _check(wrong)
+
+
+def test_counts_of_a_multilevel_estimator_are_checked() -> None:
+    with pytest.raises(OptionError, match="num_replicates is 0"):
+        multilevel(lambda n: torch.zeros(n), 0)

@@ -40,6 +40,15 @@ def test_the_example_of_unknown_dynamics_runs(tmp_path: Path) -> None:
     assert "'partition_trusted': 1" in done.stdout
 
 
+def test_the_example_of_a_gymnasium_environment_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    example = next(block for block in blocks if "GymSimulator" in block)
+    program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PointEstimate(guided cost: weights[2]" in done.stdout
+
+
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     commands = re.findall(r"^    make (\w+)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert commands == ["bus", "test"]

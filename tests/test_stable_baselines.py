@@ -239,7 +239,7 @@ def test_potentials_telescope_and_end_with_the_episode() -> None:
 def test_transitions_are_what_was_played(absorb: bool) -> None:
     made = learner(BOX, horizon=5, ends=3, absorb=absorb)
     made.improve(nothing, 100)
-    assert made.steps_taken == 128  # whole batches
+    assert made.steps_taken == made.steps_at_once == 128  # whole batches
     seen = made.transitions()
     assert seen.states.shape == (128, 2) and seen.actions.shape == (128, 1)
     assert float(seen.actions.min()) >= -3 and float(seen.actions.max()) <= 1

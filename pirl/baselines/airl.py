@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError
+from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, check_counts
 from pirl.simulators import Policy
 
 _FARTHEST = 10.0
@@ -132,7 +132,8 @@ def airl(
     Args:
         demos: all as long as the learner's episodes.
         learner: such as ``pirl.stable_baselines.StableBaselines(env, horizon=...)``, of temperature 1.
-        num_steps: decisions in the simulator, of all rounds together.
+        num_steps: decisions in the simulator, of all rounds together; the last round is finished, so that there may be
+            up to ``learner.steps_at_once - 1`` more.
         state_only: r(s) in place of r(s, a).
         shaping: learn h; else it is 0, and r alone tells the two sides apart.
         steps_per_round: decisions for which the policy is trained between two turns of the discriminator.
@@ -148,6 +149,7 @@ def airl(
         seed: of the networks and batches; the learner has its own.
 
     Raises:
+        OptionError: an option out of range; fewer steps than the learner takes at once.
         HorizonError: demonstrations of another length than the learner's episodes.
         InvalidTrajectoriesError: actions that the learner does not have, or that its policy cannot take.
         SimulatorError: the simulator failed.
@@ -161,8 +163,17 @@ def airl(
         >>> policy = again.improve(found.reward, 128)
     """
     began = time.perf_counter()
-    if min(num_steps, steps_per_round, updates_per_round, batch_size) < 1 or not learning_rate > 0:
-        raise OptionError("numbers of steps, updates and transitions, and the learning rate, must be positive")
+    check_counts(1, num_steps=num_steps, steps_per_round=steps_per_round, updates_per_round=updates_per_round,
+                 batch_size=batch_size)  # fmt: skip
+    if not learning_rate > 0:
+        raise OptionError(f"learning_rate is {learning_rate}, but must be positive")
+    _check_kinds(demos, learner)
+    least = getattr(learner, "steps_at_once", 1)
+    if num_steps < least:
+        raise OptionError(
+            f"num_steps is {num_steps}, but the learner takes {least} at once: raise it, or lower the learner's "
+            "n_steps or num_envs"
+        )
     if weight_decay < 0 or gradient_penalty < 0 or not 0 <= replay < 1:
         raise OptionError(
             f"weight_decay={weight_decay} and gradient_penalty={gradient_penalty} must be at least 0, and "
@@ -312,6 +323,19 @@ def _transitions(demos: ContinuousTrajectories, learner: MaxEntLearner) -> Step:
             raise InvalidTrajectoriesError(f"actions must be whole numbers below {learner.num_actions}, one a decision")
         actions = numbered.long()
     return Step(states, actions, following, torch.zeros(len(states), dtype=torch.bool))
+
+
+def _check_kinds(demos: Any, learner: Any) -> None:
+    if not isinstance(demos, ContinuousTrajectories):
+        raise OptionError(
+            f"demos is a {type(demos).__name__}: airl needs ContinuousTrajectories; finite problems have "
+            "pirl.baselines.adversarial"
+        )
+    if not isinstance(learner, MaxEntLearner):
+        raise OptionError(
+            f"the learner is a {type(learner).__name__}, which learns no policies: give "
+            "pirl.stable_baselines.StableBaselines(env, horizon=...)"
+        )
 
 
 def _scale(x: Tensor) -> tuple[Tensor, Tensor]:

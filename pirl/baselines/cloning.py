@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pirl.baselines.estimate import PointEstimate
+from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.errors import HorizonError, OptionError
 from pirl.mdp import TabularMDP
 from pirl.trajectories import Trajectories
@@ -43,6 +43,7 @@ def cloning(
         >>> cloning(demos, mdp, smoothing=3.0).log_policy.exp()
         tensor([[0.4167, 0.5833]], dtype=torch.float64)
     """
+    check_problem(demos, mdp)
     if given not in GIVEN:
         raise OptionError(f"given must be 'state', 'time' or 'state and time', not {given!r}")
     if not smoothing >= 0:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import OptionError
+from pirl.mdp import TabularMDP
+from pirl.trajectories import Trajectories
 
 if TYPE_CHECKING:
     import pandas
@@ -60,7 +62,8 @@ class PointEstimate:
             OptionError: there are none, or none of that kind.
         """
         if not self.covariance:
-            raise OptionError(f"{self.name} has no standard errors")
+            instead = f": {told}" if (told := self.attrs.get("instead_of_errors")) else ""
+            raise OptionError(f"{self.name} has no standard errors{instead}")
         kind = next(iter(self.covariance)) if kind is None else kind
         if kind not in self.covariance:
             raise OptionError(f"{self.name} has no {kind!r} standard errors: choose of {', '.join(self.covariance)}")
@@ -89,7 +92,21 @@ class PointEstimate:
         """Name, parameters and whether the search ended well."""
         sizes = ", ".join(f"{name}{list(p.shape)}" for name, p in self.parameters.items())
         state = {True: ", converged", False: ", NOT converged"}.get(self.attrs.get("converged"), "")  # type: ignore[call-overload]
+        if advice := self.attrs.get("advice"):
+            state = f"{state}: {advice}"
         return f"PointEstimate({self.name}: {sizes or 'a policy'}{state})"
+
+
+def check_problem(demos: Any, mdp: Any) -> None:
+    """Refuse arguments in each other's place, before something far below trips over them.
+
+    Raises:
+        OptionError: says what belongs there.
+    """
+    if not isinstance(demos, Trajectories):
+        raise OptionError(f"demos is a {type(demos).__name__}: give pirl.Trajectories first, then the pirl.TabularMDP")
+    if not isinstance(mdp, TabularMDP):
+        raise OptionError(f"mdp is a {type(mdp).__name__}: give the pirl.TabularMDP of the demonstrations")
 
 
 def _indices(x: Tensor) -> list[tuple[int, ...]]:

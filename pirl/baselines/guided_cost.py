@@ -23,7 +23,7 @@ from torch import Tensor
 from pirl.baselines.estimate import PointEstimate
 from pirl.baselines.worlds import HISTORY, Sums, make_world
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import OptionError, PartitionError
+from pirl.errors import OptionError, PartitionError, check_counts
 from pirl.pool import Features
 from pirl.simulators import Policy
 from pirl.soft_values import Reading
@@ -142,6 +142,8 @@ def sample_gradient(
         torch.Size([3])
     """
     began = time.perf_counter()
+    check_counts(1, num_rounds=num_rounds)
+    check_counts(2, num_rollouts=num_rollouts)
     if rate <= 0:
         raise OptionError(f"rate is {rate}, but must be positive")
     world = make_world(demos, simulator, features, seed, explore, "causal", base, learner)
@@ -185,11 +187,10 @@ def _alternate(
 ) -> PointEstimate:
     """Reward steps on all samples, policy steps towards the reward; ``extra`` parameters follow the weights."""
     began = time.perf_counter()
-    if num_rounds < 1 or num_rollouts < 2 or not 0 < least_ess < 1:
-        raise OptionError(
-            f"num_rounds={num_rounds}, num_rollouts={num_rollouts} and least_ess={least_ess} must be at least 1, "
-            "at least 2, and a share between 0 and 1"
-        )
+    check_counts(1, num_rounds=num_rounds)
+    check_counts(2, num_rollouts=num_rollouts)
+    if not 0 < least_ess < 1:
+        raise OptionError(f"least_ess is {least_ess}, but must be a share between 0 and 1")
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
     reading: Reading = "trajectory" if getattr(simulator, "discount", 1) == 1 else "causal"
     world = make_world(demos, simulator, features, seed, explore, reading, base, learner)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.baselines.estimate import PointEstimate
+from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.baselines.programs import cvxpy, solve
 from pirl.baselines.visits import (
     best_plan,
@@ -123,6 +123,8 @@ def maximum_margin_planning(
         2
     """
     begun = time.perf_counter()
+    if demos is not None:
+        check_problem(demos, mdp)
     for name, value in (("slack_cost", slack_cost), ("tolerance", tolerance)):
         if not value > 0:
             raise OptionError(f"{name} is {value}, but must be above 0")

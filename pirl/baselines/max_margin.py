@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.baselines.estimate import PointEstimate
+from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.baselines.programs import cvxpy, solve
 from pirl.baselines.visits import (
     best_plan,
@@ -109,6 +109,8 @@ def max_margin(
         >>> max_margin(demos, mdp, torch.eye(9).double(), method="projection").attrs["matched"]
         True
     """
+    if demos is not None:
+        check_problem(demos, mdp)
     if method not in _MIXERS:
         raise OptionError(f"method must be 'quadratic' or 'projection', not {method!r}")
     if not epsilon > 0:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pirl.baselines.estimate import PointEstimate
+from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.baselines.objectives import Dual, Likelihood, Objective, get_objective
 from pirl.baselines.visits import feature_table
 from pirl.errors import ConvergenceWarning, OptionError
@@ -118,6 +118,7 @@ def maxent(
         True
     """
     began = time.perf_counter()
+    check_problem(demos, mdp)
     tolerance = torch.finfo(mdp.dtype).eps ** 0.5 if tolerance is None else tolerance
     _check(method, l2, max_iterations, tolerance, learning_rate, standard_errors)
     if given_starts and reading == "causal":

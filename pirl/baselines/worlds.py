@@ -118,7 +118,10 @@ class World:
             "environment_steps": self.steps,
             "num_rounds": len(history["ess"]),
             "seconds": time.perf_counter() - began,
+            "instead_of_errors": "pirl.learning.bayesian_guided_cost gives a posterior",
         }
+        if told.get("converged") is False:
+            told["advice"] = "raise num_rounds, or num_rollouts where ess is small"
         log_policy, policy = self.final(weights)
         return PointEstimate(name, {"weights": weights}, self.reward(weights), log_policy, history, told, policy=policy)
 

@@ -11,7 +11,7 @@ import torch
 from pyro.infer.mcmc import NUTS
 from torch import Tensor
 
-from pirl.errors import OptionError
+from pirl.errors import OptionError, check_counts
 from pirl.infer.checkpoint import Checkpoint
 from pirl.infer.engine import START_STREAM, Draws, own_generator, reseed
 from pirl.infer.potential import Potential, Values
@@ -190,8 +190,7 @@ def run(
         raise OptionError(f"num_chains is {num_chains}; at most {START_STREAM} chains have random numbers of their own")
     if num_chains < ranks.size:
         raise OptionError(f"num_chains is {num_chains}, fewer than the {ranks.size} ranks that share them: start fewer")
-    if max_tree_depth < 1:
-        raise OptionError(f"max_tree_depth is {max_tree_depth}, but must be at least 1")
+    check_counts(1, max_tree_depth=max_tree_depth)
     options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": full_mass}
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)

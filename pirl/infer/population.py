@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import OptionError
+from pirl.errors import OptionError, check_counts
 from pirl.infer.adaptation import StepSize, TrajectoryLength, criterion_slope, halton
 from pirl.infer.engine import MOMENTA, random_numbers
 from pirl.infer.ensemble import Ensemble
@@ -117,5 +117,5 @@ def check_options(target_accept_prob: float, max_leapfrogs: int, chains_per_bloc
     if not 0 < target_accept_prob < 1:
         raise OptionError(f"target_accept_prob is {target_accept_prob}, but must be between 0 and 1")
     for name, value in (("max_leapfrogs", max_leapfrogs), ("chains_per_block", chains_per_block)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name} is {value}, but must be at least 1")
+        if value is not None:
+            check_counts(1, **{name: value})

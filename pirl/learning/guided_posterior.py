@@ -17,10 +17,11 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts
 from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
+from pirl.infer.engine import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition import ESS_PER_DEMONSTRATION
@@ -118,6 +119,7 @@ def bayesian_guided_cost(
         num_rollouts: of each policy.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
             of its own roll-outs; where the simulator can step and the policy has values, by default.
+        progress: show the rounds, and how the engine goes, in terminals only.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
     A pool that is still too poor after the last round is told by a warning and by the posterior's label.
@@ -139,7 +141,7 @@ def bayesian_guided_cost(
     pool, history = guided_pool(
         model, demos, simulator, *args, base=base, policy_step=policy_step, guide=guide, num_rounds=num_rounds,
         num_policies=num_policies, num_rollouts=num_rollouts, seed=seed, particles=particles,
-        guide_options=guide_options,
+        guide_options=guide_options, progress=progress,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -147,8 +149,8 @@ def bayesian_guided_cost(
     for warning in told:
         message = str(warning.message).replace(
             "add samples of policies nearer to the posterior",
-            f"its {len(history)} rounds of {num_policies} policies with {num_rollouts} roll-outs did not reach it: raise "
-            "num_rounds or num_rollouts",
+            f"its {len(history)} rounds of {num_policies} policies with {num_rollouts} roll-outs did not reach it: "
+            "raise num_rounds or num_rollouts",
         )
         warnings.warn(message, warning.category, stacklevel=2)
     return GuidedPosterior(posterior, pool, history)
@@ -168,6 +170,7 @@ def guided_pool(
     seed: int = 0,
     particles: bool | None = None,
     guide_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> GuidedPool:
     """The pool of :func:`bayesian_guided_cost` alone, for ``pirl.fit(model, demos, pool, ...)`` with any engine.
 
@@ -179,8 +182,8 @@ def guided_pool(
         >>> found.pool.horizon, sorted(found.history[0])
         (8, ['ess', 'pareto_k', 'samples', 'trusted'])
     """
-    if num_rounds < 1 or num_policies < 1 or num_rollouts < 4:
-        raise OptionError("num_rounds and num_policies must be at least 1, num_rollouts at least 4")
+    check_counts(1, num_rounds=num_rounds, num_policies=num_policies)
+    check_counts(4, num_rollouts=num_rollouts)
     if guide not in ("laplace", "svi"):
         raise OptionError(f"guide={guide!r} is not known: use 'laplace' or 'svi'")
     several = isinstance(simulator, (list, tuple))
@@ -214,31 +217,33 @@ def guided_pool(
             f"the model cannot be run on (demos, pool, *args): {' '.join(str(error).split())}; its first arguments are "
             "the demonstrations and the pool, and it observes a SampledMaxEntTrajectory(pool, reward)"
         ) from error
-    for number in range(num_rounds):
-        for reward in rewards:
-            policy = policy_step(reward, generator)
-            pools = [
-                _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
-                for pool, each in zip(pools, simulators, strict=True)
-            ]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-            posterior = _guide(near, given(), guide, seed + number, quick)
-        trusted = bool(posterior.attrs["partition_trusted"])
-        history.append(
-            {
-                "ess": posterior.attrs["partition_ess"],
-                "pareto_k": posterior.attrs["partition_pareto_k"],
-                "samples": float(sum(len(pool) for pool in pools)),
-                "trusted": float(trusted),
-            }
-        )
-        # The first posterior is one of policies for the prior alone, and may look trusted where it is not. And the
-        # engine may reach further than the approximation, hence the margin.
-        need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
-        if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
-            break
-        rewards = sampled_rewards(posterior, model, *given(), num_draws=num_policies, seed=seed + number)
+    with progress_bar("guided cost learning", num_rounds, progress) as update:
+        for number in range(num_rounds):
+            for reward in rewards:
+                policy = policy_step(reward, generator)
+                pools = [
+                    _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
+                    for pool, each in zip(pools, simulators, strict=True)
+                ]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
+                posterior = _guide(near, given(), guide, seed + number, quick)
+            trusted = bool(posterior.attrs["partition_trusted"])
+            history.append(
+                {
+                    "ess": posterior.attrs["partition_ess"],
+                    "pareto_k": posterior.attrs["partition_pareto_k"],
+                    "samples": float(sum(len(pool) for pool in pools)),
+                    "trusted": float(trusted),
+                }
+            )
+            # The first posterior is one of policies for the prior alone, and may look trusted where it is not. And the
+            # engine may reach further than the approximation, hence the margin.
+            need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
+            update(number + 1, f"ESS {history[-1]['ess']:.0f} of {need:.0f}")
+            if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
+                break
+            rewards = sampled_rewards(posterior, model, *given(), num_draws=num_policies, seed=seed + number)
     return GuidedPool(pools if several else pools[0], history)
 
 
