@@ -551,8 +551,8 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
         moved = math.sqrt(num_demonstrations / max(low, 1e-9))
         many = f"{num_demonstrations} demonstration{'s' if num_demonstrations > 1 else ''}"
         found.append(
-            f"{low:.0f} effective samples of {estimate.num_samples} for {many} (needed: {need}) may move posterior means "
-            f"by {moved:.2g} standard deviations"
+            f"{low:.0f} effective samples of {estimate.num_samples} for {many} (needed: {need}) may move posterior "
+            f"means by {moved:.2g} standard deviations"
         )
     if high >= most:
         found.append(f"Pareto k-hat of the weights is {high:.2f} (at most {most:.2f})")
