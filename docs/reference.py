@@ -31,7 +31,15 @@ INTERNAL = {
 }  # fmt: skip
 """Modules without a page of their own. Every other one is public, and so is each of its names."""
 
-_WHOLE = ("pirl.baselines", "pirl.diagnose", "pirl.learning", "pirl.metrics", "pirl.plots")
+_WHOLE = (
+    "pirl.baselines",
+    "pirl.diagnose",
+    "pirl.learning",
+    "pirl.metrics",
+    "pirl.partition",
+    "pirl.plots",
+    "pirl.simulators",
+)
 """Packages that are public by their own names, whatever file these stand in."""
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError
 from pirl.gaussian_integrals import GaussianKernel, Noise, Quadratic, expect, times
-from pirl.simulators import EpisodeSimulator, Generator, Simulator, roll_out
+from pirl.simulators import EpisodeSimulator, Simulator, roll_out
+from pirl.simulators.playing import Generator
 from pirl.soft_values import Reading
 
 Reward = Callable[[Tensor, Tensor], Tensor]

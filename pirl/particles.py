@@ -17,17 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.errors import OptionError, SimulatorError
-from pirl.partition import Particles, log_mean_exp, smc_trajectories, systematic
-from pirl.simulators import (
-    EpisodeSimulator,
-    Generator,
-    Policy,
-    Rollouts,
-    Simulator,
-    asked,
-    checked_states,
-    log_density,
-)  # fmt: skip
+from pirl.partition import Particles, log_mean_exp, smc_trajectories
+from pirl.partition.sequential import systematic
+from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
+from pirl.simulators.playing import Generator, asked, checked_states  # fmt: skip
 
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pirl.errors import DiscountError, InvalidRewardError, OptionError
 from pirl.message_passing import log_policy_to_go, require_finite, require_finite_reward
-from pirl.simulators import Generator, Rollouts, TabularPolicy, roll_out
+from pirl.simulators import Rollouts, TabularPolicy, roll_out
+from pirl.simulators.playing import Generator
 from pirl.soft_values import Reading, SoftProblem, soft_values
 from pirl.transitions import TransitionMap
 

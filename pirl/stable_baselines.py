@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pirl.errors import HorizonError, InvalidRewardError, MissingDependencyError, OptionError, SimulatorError
-from pirl.simulators import Generator
+from pirl.simulators.playing import Generator
 
 try:
     import gymnasium

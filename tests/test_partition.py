@@ -14,7 +14,6 @@ from pirl.message_passing import messages
 from pirl.partition import (
     Particles,
     PartitionEstimate,
-    _check,
     importance,
     log_mean_exp,
     mixture_log_density,
@@ -25,6 +24,7 @@ from pirl.partition import (
     trusted_k,
     untrusted,
 )
+from pirl.partition.gates import check_log_weights
 
 OUTCOMES = 6
 
@@ -274,7 +274,7 @@ def test_a_flat_tail_is_no_heavy_tail() -> None:
 def test_weights_of_another_form_are_refused() -> None:
     for wrong in (torch.tensor(0.0), torch.zeros(0), torch.zeros(3, 0)):
         with pytest.raises(PartitionError, match=r"\[\*batch, N\]"):
-            _check(wrong)
+            check_log_weights(wrong)
 
 
 def test_counts_of_a_multilevel_estimator_are_checked() -> None:

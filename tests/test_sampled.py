@@ -268,7 +268,7 @@ def test_bad_input_is_named() -> None:
         SampledMaxEntTrajectory(pool, reward, lengths=torch.tensor([6, 4]))
     with pytest.raises(InvalidRewardError, match="NaN"):
         SampledMaxEntTrajectory(pool, torch.full((9, 5), math.nan, dtype=torch.float64))
-    with pytest.raises(InvalidRewardError, match="no row for every state"):
+    with pytest.raises(InvalidRewardError, match="does not fit the pool"):
         SampledMaxEntTrajectory(pool, torch.zeros(2, 5, dtype=torch.float64))
     with pytest.raises(InvalidRewardError, match="need a table"):
         SampledMaxEntTrajectory(pool, lambda s, a: s.sum(-1))

@@ -24,11 +24,12 @@ from pirl.infer import get_engine
 from pirl.infer.engine import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
-from pirl.partition import ESS_PER_DEMONSTRATION
+from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
-from pirl.simulators import BaseMeasure, Generator, Policy, roll_out
+from pirl.simulators import BaseMeasure, Policy, roll_out
+from pirl.simulators.playing import Generator
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pirl.continuous import ContinuousTrajectories
 from pirl.errors import InvalidTrajectoriesError, NonFiniteError, OptionError
-from pirl.simulators import Generator
+from pirl.simulators.playing import Generator
 from pirl.trajectories import Trajectories
 
 _SMALLEST_SD = 1e-3  # in units of prior_scale: log q has no upper bound without it

@@ -1,0 +1,244 @@
+"""log Z-hat from log weights of independent samples: means, mixtures, a sum without bias, and bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from pirl.errors import OptionError, PartitionError, check_counts
+from pirl.partition.gates import PartitionEstimate, check_log_weights, pareto_k, spread
+
+MULTILEVEL_K = 0.4
+"""Beyond this tail index the multilevel estimator's variance may be infinite."""
+_SHARE_OF_LEVELS = 2.0**-1.5
+
+
+class Sandwich(NamedTuple):
+    """Bounds that hold in expectation, with the standard errors of their averages: all ``[*batch]``.
+
+    Example:
+        >>> bounds = sandwich(torch.zeros(100), torch.zeros(10))
+        >>> bounds.lower, bounds.upper
+        (tensor(0.), tensor(0.))
+    """
+
+    lower: Float[Tensor, "*batch"]
+    lower_error: Float[Tensor, "*batch"]
+    upper: Float[Tensor, "*batch"]
+    upper_error: Float[Tensor, "*batch"]
+
+
+def log_mean_exp(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
+    """log of the mean weight: the estimate of log Z alone, for use under ``torch.func`` transforms.
+
+    Example:
+        >>> log_mean_exp(torch.tensor([1.0, 3.0]).log()).exp()
+        tensor(2.)
+    """
+    return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
+
+
+def mixture_log_density(log_densities: Float[Tensor, "K N"], counts: Tensor) -> Float[Tensor, " N"]:
+    """log q of samples from several proposals, taken as one mixture (the balance heuristic): log sum_k (n_k/N) q_k.
+
+    Args:
+        log_densities: log q_k(tau_j) of every sample under every proposal, up to what is common to all (dynamics).
+        counts: how many of the samples each proposal gave ``[K]``.
+
+    Raises:
+        PartitionError: shapes disagree, a density is NaN or +inf, or a sample has no density under any proposal.
+
+    Example:
+        >>> mixture_log_density(torch.zeros(2, 5), torch.tensor([3, 2])).round(decimals=4).abs()
+        tensor([0., 0., 0., 0., 0.])
+    """
+    if log_densities.dim() != 2 or counts.shape != log_densities.shape[:1] or not bool((counts > 0).any()):
+        raise PartitionError(
+            f"densities {tuple(log_densities.shape)} do not fit counts {tuple(counts.shape)}: expected [K, N] and [K]"
+        )
+    if bool((log_densities.isnan() | (log_densities == torch.inf)).any()):
+        proposal, sample = (log_densities.isnan() | (log_densities == torch.inf)).nonzero()[0].tolist()
+        raise PartitionError(f"log density of sample {sample} under proposal {proposal} is NaN or +inf")
+    share = (counts / counts.sum()).to(log_densities).log().unsqueeze(1)
+    log_density = (share + log_densities).logsumexp(0)
+    if bool((log_density == -torch.inf).any()):
+        sample = int((log_density == -torch.inf).nonzero()[0])
+        raise PartitionError(
+            f"sample {sample} has density 0 under every proposal: give the log densities of the policies it came from"
+        )
+    return log_density
+
+
+def reconcile(
+    log_densities: Float[Tensor, "K N"],
+    origin: Int[Tensor, " N"],
+    errors: Float[Tensor, " K"],
+    worth: Float[Tensor, " K"] | None = None,
+) -> Float[Tensor, " K"]:
+    """What to add to the proposals' estimated log normalising constants, so that all samples agree on them.
+
+    Samples that several proposals could have made tell the ratios of their constants: by reverse logistic regression
+    (Geyer 1994; the same as MBAR, Shirts and Chodera 2008), the maximum of the likelihood of which proposal each
+    sample came from, p(k | tau) proportional to n_k q_k(tau) exp(-c_k). Its variance is H^- - diag(1/n) (Kong et al.
+    2003): none where proposals are the same. Weighed against what is known of each constant beforehand, N(0, error^2).
+
+    Args:
+        log_densities: log q_k of every sample under every proposal, with the constants as estimated.
+        origin: which proposal each sample came from.
+        errors: standard errors of the log constants; 0 where they are known.
+        worth: independent draws that a sample counts for (particles share ancestors); 1 by default.
+
+    Example:
+        >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1]))
+        tensor([0., 0.])
+    """
+    # In double precision: what proposals without overlap leave is far below that of floats.
+    constants, free = torch.zeros_like(errors), (errors > 0).nonzero().flatten()
+    if len(free) < 2:
+        return constants
+    label = origin.unsqueeze(0) == free.unsqueeze(1)
+    kept = label.any(0)
+    label, density = label[:, kept].double(), log_densities[free][:, kept].double()
+    weight = (torch.ones_like(errors) if worth is None else worth).double()[origin[kept]]
+    counts = (label * weight).sum(1)
+    ones = torch.full_like(label[:, :1] @ label[:, :1].mT, 1 / len(free))  # fixes the sum, which is free
+    # Proposals without samples in common have no curvature; their agreement is worth nothing below.
+    floor = counts.sum() * ones + 1e-9 * torch.diag(counts)
+    agreed = torch.zeros_like(counts)
+    for _ in range(100):
+        share = (counts.log() - agreed).unsqueeze(1).add(density).softmax(0)
+        curvature = torch.diag((share * weight).sum(1)) - (share * weight) @ share.mT
+        step = torch.linalg.solve(curvature + floor, ((share - label) * weight).sum(1))
+        agreed = agreed + step.clamp(-1, 1)  # a longer one is a sign of samples that do not overlap
+        if float(step.abs().max()) < 1e-10:
+            break
+    centre = torch.diag(torch.ones_like(counts)) - ones
+    variance = torch.linalg.inv(curvature + floor) - torch.diag(1 / counts)
+    size, axes = torch.linalg.eigh(centre @ variance @ centre)
+    precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
+    before = torch.diag(errors[free].double() ** -2)
+    constants[free] = torch.linalg.solve(precision + before, precision @ agreed).to(errors)
+    return constants
+
+
+def importance(log_weights: Float[Tensor, "*batch N"]) -> PartitionEstimate:
+    """Importance sampling: log of the mean weight, with diagnostics.
+
+    E log Z-hat is about log Z - CV^2 / 2N and its variance CV^2 / N, for a finite coefficient of variation CV.
+
+    Args:
+        log_weights: log w_j = return + log p - log q, for each reward of a batch.
+
+    Raises:
+        PartitionError: a weight is NaN or +inf, or all are 0.
+
+    Example:
+        >>> importance(torch.zeros(100)).ess.round()
+        tensor(100.)
+    """
+    check_log_weights(log_weights)
+    with torch.no_grad():
+        ess, relative = spread(log_weights)
+        khat = pareto_k(log_weights)
+    return PartitionEstimate(
+        log_mean_exp(log_weights), relative / math.sqrt(log_weights.shape[-1]), ess, khat, log_weights.shape[-1]
+    )
+
+
+def multilevel(
+    draw: Callable[[int], Float[Tensor, "*batch n"]],
+    num_replicates: int,
+    base: int = 2,
+    generator: torch.Generator | None = None,
+    check: bool = True,
+) -> PartitionEstimate:
+    """Unbiased for log Z: the antithetic randomised multilevel estimator, averaged over replicates.
+
+    A replicate draws a level K with P(K = k) proportional to 2^(-1.5 k), then ``base * 2^(K + 1)`` samples; it is the
+    log mean of the first ``base`` plus (log mean of all - half the log means of the two halves) / P(K). Its variance is
+    finite only for light tails: Pareto k-hat below 0.4.
+
+    Args:
+        draw: gives n fresh log weights, independent of those before.
+        num_replicates: how many to average; the standard error is theirs.
+        base: samples of level 0.
+        generator: of the levels.
+        check: refuse heavy tails.
+
+    Raises:
+        PartitionError: the weights' tail index is 0.4 or more, or a weight is not finite.
+
+    Example:
+        >>> multilevel(lambda n: torch.zeros(n), 10).log_partition
+        tensor(0.)
+    """
+    if not callable(draw):
+        raise OptionError(f"draw is a {type(draw).__name__}: give a function of n that makes n log weights")
+    check_counts(1, num_replicates=num_replicates, base=base)
+    uniform = torch.rand(num_replicates, generator=generator, dtype=torch.float64)
+    level = (uniform.log() / math.log(_SHARE_OF_LEVELS)).floor().long()  # geometric
+    values, weights = [], []
+    for k in range(int(level.max()) + 1):
+        count = int((level == k).sum())
+        if count == 0:
+            continue
+        size = base * 2 ** (k + 1)
+        drawn = draw(count * size)
+        check_log_weights(drawn)
+        weights.append(drawn.detach())
+        parts = drawn.unflatten(-1, (count, size))
+        halves = log_mean_exp(parts.unflatten(-1, (2, size // 2)))  # [*batch, count, 2]
+        probability = (1 - _SHARE_OF_LEVELS) * _SHARE_OF_LEVELS**k
+        correction = log_mean_exp(halves) - halves.mean(-1)
+        values.append(log_mean_exp(parts[..., :base]) + correction / probability)
+    replicates, everything = torch.cat(values, -1), torch.cat(weights, -1)
+    khat = pareto_k(everything)
+    if check and bool((khat >= MULTILEVEL_K).any()):
+        raise PartitionError(
+            f"weights have Pareto k-hat {float(khat.max()):.2f}, and the multilevel estimator has a finite variance "
+            f"only below {MULTILEVEL_K}: improve the proposal, or use plain importance sampling"
+        )
+    error = replicates.detach().std(-1) / math.sqrt(num_replicates)
+    return PartitionEstimate(replicates.mean(-1), error, spread(everything)[0], khat, everything.shape[-1])
+
+
+def sandwich(
+    log_weights: Float[Tensor, "*batch N"], exact_log_weights: Float[Tensor, "*batch M"], block: int | None = None
+) -> Sandwich:
+    """A lower and an upper bound of log Z, in expectation.
+
+    Lower: the average over blocks of log Z-hat (Jensen). Upper: the same with the last member of each block replaced
+    by an exact draw of p(tau | O), which makes 1 / Z-hat unbiased for 1 / Z (Grosse, Ancha and Roy 2016).
+
+    Args:
+        log_weights: of samples of the proposal.
+        exact_log_weights: of exact draws of the tilted law at the same rewards, by the same formula.
+        block: samples a block; by default as many blocks as there are exact draws.
+
+    Raises:
+        PartitionError: too few samples for a block of each exact draw, or a weight is not finite.
+
+    Example:
+        >>> log_weights = 0.5 * torch.randn(10_000)  # log Z = 1/8; exact draws have weights N(1/4, 1/4)
+        >>> bounds = sandwich(log_weights, 0.25 + 0.5 * torch.randn(100))
+        >>> bool(bounds.lower < bounds.upper)
+        True
+    """
+    check_log_weights(log_weights)
+    check_log_weights(exact_log_weights)
+    total, exact = log_weights.shape[-1], exact_log_weights.shape[-1]
+    block = total // exact if block is None else block
+    if block < 1 or block * 2 > total or exact < 2:
+        raise PartitionError(f"{total} samples and {exact} exact draws make no two blocks: give more of them")
+    count = total // block
+    parts = log_weights[..., : count * block].unflatten(-1, (count, block))
+    low = log_mean_exp(parts)
+    pairs = min(count, exact)
+    high = log_mean_exp(torch.cat([parts[..., :pairs, :-1], exact_log_weights[..., :pairs, None]], -1))
+    errors = (low.detach().std(-1) / math.sqrt(count), high.detach().std(-1) / math.sqrt(pairs))
+    return Sandwich(low.mean(-1), errors[0], high.mean(-1), errors[1])

@@ -1,0 +1,131 @@
+"""Gymnasium's environments as simulators that play whole episodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pirl.errors import HorizonError, MissingDependencyError, OptionError
+from pirl.simulators.playing import Generator, Policy, Rollouts, checked_states, play
+
+
+class GymSimulator:
+    """A Gymnasium environment: states are its observations as vectors ``[ds]``, actions Discrete or Box.
+
+    Args:
+        env: an environment's id, a function that makes one, or one environment.
+        horizon: T; by default the environment's own time limit.
+        absorb: play T decisions whatever happens: after the environment has terminated, the state is repeated and the
+            policy goes on deciding, so that length tells nothing of reward (as in seals). Without it, episodes differ
+            in length.
+        copies: environments played side by side, so that the policy decides for all at once; one where ``env`` is one.
+        dtype: of states, vector actions and rewards.
+        options: for ``gymnasium.make``.
+
+    Actions outside a Box are clipped for the environment and recorded as the policy chose them, which keeps their
+    density.
+
+    Raises:
+        MissingDependencyError: Gymnasium is not installed.
+        OptionError: spaces of another kind, or options out of range.
+        HorizonError: no horizon is known.
+
+    Attributes:
+        steps_taken: environment steps so far.
+
+    Example:
+        >>> GymSimulator("CartPole-v1", horizon=20).horizon
+        20
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        horizon: int | None = None,
+        *,
+        absorb: bool = True,
+        copies: int = 1,
+        dtype: torch.dtype = torch.float64,
+        **options: Any,
+    ) -> None:
+        try:
+            import gymnasium
+        except ImportError:
+            raise MissingDependencyError("gymnasium is not installed: pip install 'pirl[envs]'") from None
+        if copies < 1 or (copies > 1 and not (isinstance(env, str) or callable(env))):
+            raise OptionError(f"copies is {copies}; it is at least 1, and more need an id or a function, not one env")
+        if isinstance(env, str):
+            self._envs = [gymnasium.make(env, max_episode_steps=horizon, **options) for _ in range(copies)]
+        else:
+            self._envs = [env() for _ in range(copies)] if callable(env) else [env]
+        space: Any = self._envs[0].observation_space
+        choice: Any = self._envs[0].action_space
+        discrete, box = isinstance(choice, gymnasium.spaces.Discrete), isinstance(choice, gymnasium.spaces.Box)
+        if not isinstance(space, gymnasium.spaces.Box) or not (discrete or box):
+            raise OptionError(
+                f"observations are {space} and actions {choice}: expected Box, and Discrete or Box (tables are read by "
+                "pirl.envs.from_gymnasium)"
+            )
+        limit = getattr(self._envs[0].spec, "max_episode_steps", None) if horizon is None else horizon
+        if limit is None or limit < 1:
+            raise HorizonError(f"horizon is {limit}; the environment has none of its own: give at least 1")
+        self.horizon, self.absorb, self.discrete, self.dtype = int(limit), absorb, discrete, dtype
+        self.num_actions = int(choice.n) if discrete else None
+        self.state_size = int(np.prod(space.shape))
+        self.action_size = None if discrete else int(np.prod(choice.shape))
+        self.steps_taken = 0
+
+    @torch.no_grad()
+    def roll_out(self, policy: Policy, num: int, generator: Generator = None) -> Rollouts:
+        """As :func:`roll_out`. Each episode is seeded from ``generator``, whatever was played before."""
+        seeds = torch.randint(2**31 - 1, (num,), generator=generator).tolist()
+        copies = len(self._envs)
+        parts = [self._side_by_side(policy, seeds[i : i + copies], generator) for i in range(0, num, copies)]
+        return Rollouts(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+    def close(self) -> None:
+        """Close every copy."""
+        for env in self._envs:
+            env.close()
+
+    def _side_by_side(self, policy: Policy, seeds: list[int], generator: Generator) -> Rollouts:
+        rewards = torch.zeros(len(seeds), self.horizon, dtype=self.dtype)
+        over, clock = [False] * len(seeds), [0] * len(seeds)
+
+        def first() -> tuple[Tensor, Tensor]:
+            seen = [env.reset(seed=seed)[0] for env, seed in zip(self._envs, seeds, strict=False)]
+            return checked_states(self._vectors(seen), len(seeds)), torch.zeros(len(seeds), dtype=torch.bool)
+
+        def advance(episodes: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+            following = states.clone()
+            for row, i in enumerate(episodes.tolist()):
+                if over[i]:
+                    continue
+                seen, reward, over[i], stopped, _ = self._envs[i].step(self._action(actions[row]))
+                self.steps_taken += 1
+                rewards[i, clock[i]], clock[i] = float(reward), clock[i] + 1
+                following[row] = self._vectors([seen])[0]
+                if stopped and not over[i] and clock[i] < self.horizon:
+                    raise HorizonError(
+                        f"the environment's time limit came after {clock[i]} decisions, before the horizon "
+                        f"{self.horizon}: give a shorter horizon, or make it with max_episode_steps={self.horizon}"
+                    )
+            ended = [over[i] and not self.absorb for i in episodes.tolist()]
+            return checked_states(following, len(states), like=states), torch.tensor(ended)
+
+        return play(first, advance, policy, self.horizon, generator)._replace(rewards=rewards)
+
+    def _vectors(self, observations: list[Any]) -> Float[Tensor, "n ds"]:
+        return torch.as_tensor(np.stack([np.asarray(x, dtype=np.float64).reshape(-1) for x in observations])).to(
+            self.dtype
+        )
+
+    def _action(self, action: Tensor) -> Any:
+        space: Any = self._envs[0].action_space
+        if self.discrete:
+            return int(action) + int(space.start)
+        return np.clip(action.cpu().numpy().reshape(space.shape), space.low, space.high).astype(space.dtype)
