@@ -137,6 +137,8 @@ def calibrate(
     setting = Setting.of(args, kwargs, device, dtype)
     with setting.entered(), one_thread():
         ranks = join(setting.device)
+        if num_replicates < ranks.size:
+            raise OptionError(f"num_replicates is {num_replicates}, fewer than the {ranks.size} processes: start fewer")
         study = Study(model, setting, quantities, draw_data, seed)
         identity = {
             "model": getattr(model, "__name__", type(model).__name__), "engine": engine, "seed": seed, **counts,

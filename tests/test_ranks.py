@@ -21,6 +21,7 @@ import torch
 import xarray
 from test_checkpoint import CHEES, NUTS, ORIGINALS, RUNS, SAMPLERS, assert_same, data, model, run, whole
 
+import pirl
 from pirl import errors
 from pirl.infer.checkpoint import Checkpoint, read
 from pirl.infer.ranks import ALONE, Ranks
@@ -63,6 +64,11 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     if "gather" in told:
         gather(told["gather"])
+    if "calibrates" in told:
+        study = calibrated(told["calibrates"], checkpoint=told.get("checkpoint"))
+        assert (study is not None) == (rank == 0)
+        if study is not None:
+            study.to_netcdf(Path(told["folder"]) / "study.nc", engine="h5netcdf")
     dies, pauses = told.get("dies", [None, None]), told.get("pauses")
 
     def advance(self: Sampler, step: int) -> Any:
@@ -84,6 +90,12 @@ def main() -> None:
             result.to_netcdf(Path(told["folder"]) / f"{name}.nc", engine="h5netcdf")
         else:
             assert result is None
+
+
+def calibrated(engine: str, **options: Any) -> xarray.DataTree | None:
+    """Seven replicates: of two ranks one has four, the other three."""
+    sizes = {"num_chains": 2, "num_warmup": 10, "num_samples": 10, "num_draws": 19}
+    return pirl.calibrate(model, data(), engine=engine, num_replicates=7, seed=3, progress=False, **sizes, **options)
 
 
 def gather(counts: list[int]) -> None:
@@ -144,6 +156,19 @@ def test_draws_do_not_depend_on_the_number_of_ranks(size: int, counts: list[int]
         found = results(tmp_path, name)
         assert_same(found, whole(name))
         assert (found.attrs["num_ranks"], whole(name).attrs["num_ranks"]) == (size, 1)
+
+
+@pytest.mark.slow
+def test_replicates_of_a_calibration_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
+    status, complaint = Torchrun(
+        2, runs=[], folder=tmp_path, calibrates="nuts", checkpoint=tmp_path / "study.ckpt"
+    ).end()  # fmt: skip
+    assert status == 0, complaint
+    alone, found = calibrated("nuts"), results(tmp_path, "study")
+    assert alone is not None
+    for group in ("ranks", "prior", "recovery", "prior_sbc"):
+        assert found[group].to_dataset().equals(alone[group].to_dataset())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["study.ckpt.0", "study.ckpt.1", "study.nc"]
 
 
 @pytest.mark.slow
