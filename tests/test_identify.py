@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pirl import envs, identify
+from pirl.convergence import ess_bulk
 from pirl.datasets import simulate
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
 from pirl.errors import (
@@ -395,7 +396,16 @@ def test_whatever_the_data_the_posterior_of_the_gauge_is_its_prior(mdp: TabularM
     torch.testing.assert_close(along, sigma**2 * found.null.mT, rtol=0.0, atol=1e-10)
 
 
-def test_a_fit_finds_the_prior_along_the_gauge_and_less_across() -> None:
+@pytest.mark.parametrize(
+    ("engine", "sizes"),
+    [
+        ("laplace", {"num_samples": 1_000}),
+        ("chees", {"num_chains": 32, "num_warmup": 150, "num_samples": 100}),
+        ("nuts", {"num_chains": 1, "num_warmup": 100, "num_samples": 200}),
+        ("smc", {"num_chains": 4, "num_samples": 500}),
+    ],
+)
+def test_a_fit_finds_the_prior_along_the_gauge_and_less_across(engine: str, sizes: dict[str, int]) -> None:
     mdp, sigma = oracle.random_mdp(1, states=2, actions=2, discount=0.8), 1.7
     demos = simulate(mdp, normal(2, 2), num_episodes=20, length=10)
 
@@ -406,17 +416,21 @@ def test_a_fit_finds_the_prior_along_the_gauge_and_less_across() -> None:
             pyro.sample("trajectories", law, obs=demos.as_tensor())
 
     result = fit(
-        model, engine="laplace", num_samples=1_000, seed=1, dtype=torch.float64, log_likelihood=False,
+        model, engine=engine, **sizes, seed=1, dtype=torch.float64, log_likelihood=False,
         num_prior=0, num_posterior_predictive=0, progress=False,
     )  # fmt: skip
-    draws = torch.as_tensor(result["posterior"]["reward"].values.copy()).reshape(-1, 2, 2)
-    found, count = unidentified(mdp), len(draws)
-    assert (count, found.num_unidentified) == (4_000, 2)
-    gauge = draws.reshape(count, 4) @ found.null
-    # Of independent normal draws a mean has the error sigma / sqrt(N), a variance sigma^2 sqrt(2 / N).
-    assert (gauge.mean(0).abs() < 4 * sigma / count**0.5).all()
-    assert ((gauge.var(0) / sigma**2 - 1).abs() < 4 * (2 / count) ** 0.5).all()
-    assert (found.identified(draws).flatten(1).var(0).sum() / found.rank) < 0.5 * sigma**2
+    draws = torch.as_tensor(result["posterior"]["reward"].values.copy())  # [chain, draw, 2, 2]
+    found = unidentified(mdp)
+    assert found.num_unidentified == 2
+    gauge = draws.flatten(2) @ found.null / sigma
+    # Standard normal: of N independent draws a mean has the error 1 / sqrt(N), a mean square sqrt(2 / N).
+    for moment, expected, sd in ((gauge, 0.0, 1.0), (gauge**2, 1.0, 2**0.5)):
+        for k in range(2):
+            ess = min(float(ess_bulk(moment[..., k].numpy())), draws[..., 0, 0].numel())
+            assert ess > 100
+            assert abs(float(moment[..., k].mean()) - expected) < 4 * sd / ess**0.5
+    across = found.identified(draws.flatten(0, 1)).flatten(1).var(0).sum() / found.rank
+    assert across < 0.5 * sigma**2
 
 
 # ------------------------------------------------------------------------------------------------ types and errors
