@@ -40,8 +40,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 """What suits many posteriors of which only some hundred draws are looked at: fewer than :func:`pirl.fit` makes."""
 
-AT_ONCE = 50
-"""Replicates that are sampled at once."""
+AT_ONCE = 512
+"""Chains that are sampled at once, of all replicates: more are hardly faster, and are seen and saved less often."""
 
 BATCHED = {"target_accept_prob", "dense_mass"}
 """Options of chees that replicates sampled at once know."""
@@ -92,14 +92,16 @@ def calibrate(
             named arguments) which returns those arguments that are data, drawn with torch's default generator. It may
             also say that the world is not as the model thinks.
         coords, dims: labels, and names of dims of sites and quantities, as in :func:`pirl.fit`.
-        seed: reproduces every replicate by its number.
+        seed: reproduces truths and data of every replicate by its number, and its posterior as well where replicates
+            are sampled one by one. Those that are sampled at once share random numbers and the number of leapfrog
+            steps, so that their draws are other ones in other company.
         device, dtype: move the arguments there first.
         progress: show how far it is, on a terminal.
-        checkpoint: a file that replicates are saved to, every half a minute and on Ctrl-C; the same call goes on from
-            there, also to more replicates.
+        checkpoint: a file that replicates are saved to as they are done, every half a minute and on Ctrl-C; the same
+            call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
-            dims left of its plates as Pyro's particles need. None: as many as suit, where the model allows it; 1: one
-            by one, as all other engines do.
+            dims left of its plates as Pyro's particles need. None: as many as make 512 chains, where the model allows
+            it and data are its own; 1: one by one, as all other engines do, and ``draw_data``, which takes longer.
         model_kwargs: keyword arguments of the model.
         options: options of the engine.
 
@@ -123,14 +125,19 @@ def calibrate(
         >>> study["ranks"]["weights"].sizes["draw"], sorted(study.children)
         (4, ['prior', 'prior_sbc', 'ranks', 'recovery', 'sample_stats'])
     """
+    if not callable(model):
+        raise OptionError(f"the model is a {type(model).__name__}: give a function, then its arguments")
     run = get_engine(engine)
     given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
     counts = SIZES[engine] | {name: count for name, count in given.items() if count is not None}
     for name, count in (counts | {"num_replicates": num_replicates, "num_draws": num_draws}).items():
         check_counts(int(name != "num_warmup"), **{name: count})
+    check_counts(0, seed=seed)
+    check_counts(1, batch=1 if batch is None else batch)
     if counts["num_chains"] * counts["num_samples"] < num_draws:
         raise OptionError(
-            f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}"
+            f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}: "
+            "take more samples, or fewer num_draws (--draws)"
         )
     kwargs, options = own_keywords(model, options, model_kwargs)
     check_options(engine, run, options)
@@ -141,13 +148,16 @@ def calibrate(
             raise OptionError(f"num_replicates is {num_replicates}, fewer than the {ranks.size} processes: start fewer")
         study = Study(model, setting, quantities, draw_data, seed)
         identity = {
-            "model": getattr(model, "__name__", type(model).__name__), "engine": engine, "seed": seed, **counts,
-            "num_draws": num_draws, "quantities": sorted(study.quantities),
+            "kind": "calibration", "model": getattr(model, "__name__", type(model).__name__), "engine": engine,
+            "seed": seed, **counts,
+            "num_draws": num_draws, "quantities": sorted(study.quantities), "draw_data": draw_data is not None,
             **{f"option {name}": options.get(name) for name in engine_options(run)},
         }  # fmt: skip
 
         plan = planned(study.potential(study.draw(0)), dims or {})
         check_names(plan, coords or {})
+        if unknown := (dims or {}).keys() - plan["posterior"].keys() - study.quantities.keys():
+            raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site of the model, and no quantity")
 
         def one(number: int) -> Comparison:
             truth = study.draw(number)
@@ -157,12 +167,12 @@ def calibrate(
                 raise KeyboardInterrupt
             return study.compare(number, truth, potential, draws, num_draws)
 
-        def many(numbers: Sequence[int]) -> list[Comparison]:
+        def many(numbers: Sequence[int], told: Callable[[float], None]) -> list[Comparison]:
             truths = [study.draw(number) for number in numbers]
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
-            found = run_all(potentials, model, data, **chains)
+            found = run_all(potentials, model, data, **chains, told=told)
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
         fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED
@@ -170,7 +180,8 @@ def calibrate(
             raise OptionError(
                 f"batch={batch} needs engine 'chees', no draw_data=, and of its options {sorted(BATCHED)} only"
             )
-        rows = _Rows(study, num_replicates, ranks, (batch or AT_ONCE) if fits else 1, must=batch is not None)
+        at_once = (batch or max(1, AT_ONCE // counts["num_chains"])) if fits else 1
+        rows = _Rows(study, num_replicates, ranks, at_once, must=batch is not None)
         rows.fill(one, many, checkpoint, identity, progress)
         found = rows.gathered()
         if not ranks.leads:
@@ -204,7 +215,7 @@ class _Rows:
     def fill(
         self,
         one: Callable[[int], Comparison],
-        many: Callable[[Sequence[int]], list[Comparison]],
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
         path: str | os.PathLike[str] | None,
         identity: Mapping[str, Any],
         progress: bool,
@@ -214,25 +225,35 @@ class _Rows:
         with progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads) as update:
             try:
                 while missing := self.numbers[len(self.done) :][: self.batch]:
-                    if len(missing) == 1 or not self._add_all(many, missing):
+                    shown = lambda share: update(len(self.done) + share * len(missing), "")  # noqa: E731
+                    if len(missing) == 1 or not self._add_all(many, missing, shown):
                         for number in missing:
                             self._add(one, number)
-                    update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
-                    if checkpoint is not None and checkpoint.due:
-                        checkpoint.save(self._arrays())
+                            update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
+                            self._save(checkpoint)
+                    self._save(checkpoint)
             except KeyboardInterrupt:
                 if not self.done:
-                    raise
+                    raise KeyboardInterrupt("interrupted before the first replicates were done") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warnings.warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning, stacklevel=4)
             finally:
                 if checkpoint is not None and self.done:
                     checkpoint.save(self._arrays())
 
-    def _add_all(self, many: Callable[[Sequence[int]], list[Comparison]], numbers: Sequence[int]) -> bool:
+    def _save(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None and checkpoint.due:
+            checkpoint.save(self._arrays())
+
+    def _add_all(
+        self,
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
+        numbers: Sequence[int],
+        shown: Callable[[float], None],
+    ) -> bool:
         """Make replicates at once; False where that cannot be done."""
         try:
-            results = many(numbers)
+            results = many(numbers, shown)
         except ModelError:
             if self.must and not self.done:
                 raise

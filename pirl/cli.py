@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import traceback
 import typing
 import warnings
 from collections.abc import Iterator
@@ -41,12 +42,15 @@ INTERRUPTED = 130
 SEAL = b"pirl sha256 "
 SEAL_LENGTH = len(SEAL) + 64
 
+CRASHED = 3
+"""Exit status of what is nobody's use, but an error in a model or in pirl."""
+
 LONGEST_NAME, LONGEST_FOLDER = 230, 3000
 """Bytes; a little less than file systems take, for the name that a file has while it is written."""
 
 
 class _Commands(TyperGroup):
-    """Errors of use become one line on stderr and exit status 2; any other error is a bug and keeps its traceback."""
+    """Errors of use become one line on stderr and exit status 2; any other one keeps its traceback, with status 3."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -58,7 +62,8 @@ class _Commands(TyperGroup):
         except Exception as error:
             # What typer raises for words that it does not understand; it may carry its own copy of click.
             if not hasattr(error, "format_message"):
-                raise
+                traceback.print_exception(error)
+                sys.exit(CRASHED)  # 1 is an answer: a posterior with problems, a study that leaves its band
             if type(error).__name__ == "NoArgsIsHelpError":
                 sys.exit(2)  # has printed the help
             _complain(error.format_message())

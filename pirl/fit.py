@@ -110,6 +110,7 @@ def fit(
     counts = {name: parameters[name].default if count is None else count for name, count in given.items()}
     simulated = {"num_prior": num_prior, "num_posterior_predictive": num_posterior_predictive}
     check_counts(0, num_warmup=counts["num_warmup"], **simulated)
+    check_counts(0, seed=seed)
     check_counts(1, num_chains=counts["num_chains"], num_samples=counts["num_samples"], thin=thin)
     kwargs, options = own_keywords(model, options, model_kwargs)
     check_options(engine, run, options)

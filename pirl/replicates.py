@@ -68,7 +68,7 @@ class Comparison(NamedTuple):
 
     quantities: dict[str, Ranked]
     ess: float
-    """The least bulk effective sample size of the unconstrained parameters."""
+    """The least bulk effective sample size of the unconstrained parameters (of those that may be identified)."""
     rhat: float
     """The largest R-hat of them."""
     divergences: float
@@ -102,6 +102,11 @@ class Study:
     ) -> None:
         self.model, self.draw_data, self.seed = model, draw_data, seed
         self.quantities = dict(quantities or {})
+        if draw_data is not None and not callable(draw_data):
+            raise OptionError(f"draw_data is a {type(draw_data).__name__}: give a function of (parameters, arguments)")
+        for name, quantity in self.quantities.items():
+            if not callable(quantity):
+                raise OptionError(f"quantity {name!r} is a {type(quantity).__name__}: give a function of (draws, data)")
         # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
         self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
         self.plan = bound(model, *setting.unobserved())
@@ -122,7 +127,19 @@ class Study:
         raise ModelError(f"the model has no law at {_ATTEMPTS} draws from its prior: {reason}")
 
     def _draw(self, refused: int) -> Truth:
-        trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
+        try:
+            trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
+        except NotImplementedError as error:
+            raise ModelError(f"a prior cannot be drawn from, as of an improper one: {_line(error)}") from error
+        except (*NO_DENSITY, RuntimeError):
+            raise
+        except Exception as error:
+            if self.draw_data is not None:
+                raise
+            raise ModelError(
+                f"the model does not run without data ({type(error).__name__}: {_line(error)}): let it sample them "
+                "(obs=demos.as_tensor()), or give draw_data= if it only says how likely data are"
+            ) from error
         latent, data = {}, {}
         for name, node in trace.nodes.items():
             if node["type"] != "sample" or type(node["fn"]).__name__ == "_Subsample":
@@ -141,10 +158,23 @@ class Study:
             else:
                 latent[name] = node["value"]
         if self.draw_data is not None:
-            return Truth(latent, {}, dict(self.draw_data(latent, self.plan)), refused)
+            return Truth(latent, {}, self._drawn_data(latent), refused)
         if not data:
             raise ModelError("the model observes nothing, so that there are no data to simulate: give draw_data=")
         return Truth(latent, data, {}, refused)
+
+    def _drawn_data(self, latent: Values) -> dict[str, Any]:
+        """What ``draw_data`` returns, looked at."""
+        assert self.draw_data is not None
+        found = self.draw_data(latent, self.plan)
+        names = list(bound(self.model, self.args, self.kwargs))
+        if not isinstance(found, Mapping) or not found or not found.keys() <= set(names):
+            told = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
+            raise OptionError(
+                f"draw_data returned {told}: it must be a dictionary of those arguments of the model that are data, "
+                f"some of {', '.join(names)}"
+            )
+        return dict(found)
 
     def potential(self, truth: Truth) -> Potential:
         """The posterior given a replicate's data."""
@@ -181,7 +211,10 @@ class Study:
         with own_generator():
             torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 1)
             found = {name: _ranked(name, x) for name, x in self._quantities(potential, both)}
-        flat = np.concatenate([value.reshape(chains, count, -1).cpu().numpy() for value in draws.values.values()], -1)
+        judged = [value for name, value in draws.values.items() if potential.latent[name].identified]
+        flat = np.concatenate(
+            [value.reshape(chains, count, -1).cpu().numpy() for value in judged or draws.values.values()], -1
+        )
         diverging = draws.stats.get("diverging")
         return Comparison(
             found,
@@ -196,15 +229,32 @@ class Study:
         for name, site in potential.latent.items():
             if site.identified:
                 yield name, values[name]
+        if not all(site.identified for site in potential.latent.values()):
+            for name in values.keys() - potential.latent.keys():  # what is recorded of them, such as a network's reward
+                yield name, values[name]
         yield LOG_LIKELIHOOD, both["stats"]["log_likelihood"]
         latent = {name: values[name] for name in potential.latent}
         yield from _return_gaps(potential, latent)
         data = {name: site.value for name, site in potential.sites.items() if site.value is not None}
         for name, quantity in self.quantities.items():
+            if name in potential.latent or name in (LOG_LIKELIHOOD, RETURN_GAP):
+                raise OptionError(f"quantity {name!r} has the name of one that is there already: choose another")
             found = quantity(dict(values), data)
-            if not isinstance(found, Tensor) or len(found) != len(values[next(iter(values))]):
+            if not isinstance(found, Tensor) or found.shape[:1] != values[next(iter(values))].shape[:1]:
                 raise OptionError(f"quantity {name!r} must return a tensor [draw, ...] of as many draws as it is given")
             yield name, found
+
+
+def check_study(study: Any) -> None:
+    """Refuse what is no study.
+
+    Raises:
+        OptionError: says what is wanted.
+    """
+    children = getattr(study, "children", ())
+    if not {"ranks", "recovery", "sample_stats"} <= set(children) or "num_draws" not in study.attrs:
+        kind = "posterior" if "posterior" in children else type(study).__name__
+        raise OptionError(f"this is a {kind}, and no study: give what pirl.calibrate returned")
 
 
 def _ranked(name: str, values: Tensor) -> Ranked:
@@ -245,7 +295,10 @@ def _return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Te
             rewards = rewards_at(potential.model, args, kwargs, latent, name)
             if rewards.dim() > 3:
                 rewards = rewards.flatten(1, -3).mean(1)
-            gap = _expected_return(mdp, policy, rewards) - _expected_return(mdp, prior, rewards)
+            theirs, chance = _expected_return(mdp, policy, rewards), _expected_return(mdp, prior, rewards)
+            gap = theirs - chance
+            # What is only rounding is a tie.
+            gap = torch.where(gap.abs() > 1e-9 * (theirs.abs() + chance.abs()), gap, 0.0)
         except PirlError:  # a policy that never ends, without a discount
             continue
         yield RETURN_GAP if len(laws) == 1 else f"{RETURN_GAP}_{name}", gap
@@ -254,6 +307,11 @@ def _return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Te
 def _expected_return(mdp: TabularMDP, policy: Float[Tensor, "S A"], rewards: Float[Tensor, "D S A"]) -> Tensor:
     values = policy_value(mdp, policy, rewards)
     return (values if mdp.horizon is None else values[..., 0, :]) @ mdp.initial
+
+
+def _line(error: BaseException) -> str:
+    """Its first line, without Pyro's table of shapes."""
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _base(fn: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pirl.errors import OptionError
 from pirl.infer.engine import own_generator
 
 
@@ -33,6 +34,8 @@ class Setting(NamedTuple):
     ) -> Setting:
         """Take device and dtype from the first argument that has one, unless given; float64 on the CPU without any."""
         everything = [*args, *kwargs.values()]
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise OptionError(f"dtype is {dtype!r}: use torch.float64 or torch.float32")
         moving = device is not None or dtype is not None
         dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
         dtype = dtype or torch.float64
@@ -75,7 +78,12 @@ def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -
 
 def _own_device(device: torch.device | str) -> torch.device:
     """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f"device {device!r} is not known: use 'cpu', 'cuda' or 'cuda:0'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("there is no CUDA device here: leave out device=, or use 'cpu'")
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -116,7 +124,15 @@ def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def own_keywords(
     model: Callable[..., Any], options: dict[str, Any], given: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part keyword arguments of the model, which its signature names, from options of the engine."""
+    """Part keyword arguments of the model, which its signature names, from options of the engine.
+
+    Raises:
+        OptionError: the model cannot be called.
+    """
+    if not callable(model):
+        raise OptionError(f"the model is a {type(model).__name__}: give a function, then its arguments")
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionError(f"model_kwargs is a {type(given).__name__}: give a dictionary")
     named = set(inspect.signature(model).parameters)
     rest = {name: value for name, value in options.items() if name not in named}
     return {name: value for name, value in options.items() if name in named} | dict(given or {}), rest

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pirl.convergence import element_names
+from pirl.replicates import LOG_LIKELIHOOD, check_study
 from pirl.uniformity import holm, p_values
 
 if TYPE_CHECKING:
@@ -18,6 +19,14 @@ SMALL = 0.05
 
 COVERED = (0.5, 0.9)
 """Central intervals whose coverage is told."""
+
+FEWEST = 20
+"""Replicates below which nothing is said of them all being well."""
+
+APPROXIMATE = ("laplace", "svi")
+
+UNTOLD = 0.05
+"""Contraction below which the data have said next to nothing."""
 
 FEW_DRAWS, BAD_RHAT, OFTEN = 0.5, 1.1, 0.05
 # R-hat of a few dozen draws a chain is often above 1.05 where nothing is wrong.
@@ -33,6 +42,9 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
         intervals, ``correlation`` of truths and posterior means, ``contraction`` (1 - mean posterior variance / prior
         variance) and ``finding``, in words.
 
+    Raises:
+        OptionError: this is no study.
+
     Example:
         >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
         >>> found = verdicts(study)
@@ -41,6 +53,7 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
     """
     import pandas
 
+    check_study(study)
     num_draws = int(study.attrs["num_draws"])
     lived = ~_statistics(study)["failed"].astype(bool)
     rows, index = [], []
@@ -129,14 +142,23 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     margin = 1.96 * 0.5 / np.sqrt(count)
     if len(out):
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
-        lines = [
-            f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or the chains are too short."
-        ]
+        why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
+        lines = [f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or {why}."]
+    elif count < FEWEST:
+        lines = [f"Nothing leaves its band, but {count} replicates are too few to tell: make {FEWEST} at least."]
     else:
         lines = [
             f"Calibrated, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay in their "
             f"band (shares are known to +-{margin:.2f})."
         ]
+    # Sample variances and correlations of so many replicates are off by so much.
+    rows = found.drop(index=LOG_LIKELIHOOD, errors="ignore")
+    narrower = rows["contraction"] > UNTOLD + 2 * np.sqrt(2 / count)
+    known = rows["correlation"].fillna(0.0).abs() > np.sqrt(UNTOLD) + 2 / np.sqrt(count)
+    untold = [str(name) for name in rows.index[~(narrower | known)]]
+    if untold and count >= FEWEST:
+        some = ", ".join(untold[:5]) + (", ..." if len(untold) > 5 else "")
+        lines.append(f"Of {some} the data tell next to nothing: posterior and prior are as wide.")
     if not lived.all():
         why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
         lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")
@@ -167,12 +189,12 @@ def _coverage(rank: np.ndarray, num_draws: int, level: float) -> float:
 
 
 def _words(rank: np.ndarray, num_draws: int) -> str:
-    """How ranks depart from uniformity: in the mean, or in the spread, whichever is further out."""
+    """How ranks depart from uniformity: in the mean, in the spread, or in both, the further first."""
     place = (rank + 0.5) / (num_draws + 1) - 0.5
     shift = place.mean() * np.sqrt(12 * len(rank))
-    spread = ((place**2).mean() - 1 / 12) * np.sqrt(180 * len(rank))
-    if max(abs(shift), abs(spread)) < 2:
-        return "another shape"
-    if abs(shift) >= abs(spread):
-        return "posterior too low" if shift > 0 else "posterior too high"
-    return "posterior too narrow" if spread > 0 else "posterior too wide"
+    # A shift alone moves ranks to one end: away from the middle, and nearer to each other.
+    spreads = [((x**2).mean() - 1 / 12) * np.sqrt(180 * len(rank)) for x in (place, place - place.mean())]
+    spread = min(spreads, key=abs) if min(spreads) * max(spreads) > 0 else 0.0
+    found = [(abs(shift), "low" if shift > 0 else "high"), (abs(spread), "narrow" if spread > 0 else "wide")]
+    said = [word for size, word in sorted(found, reverse=True) if size >= 2]
+    return f"posterior too {' and '.join(said)}" if said else "another shape"

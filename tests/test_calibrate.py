@@ -23,7 +23,7 @@ from pirl.infer import Potential
 from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
 from pirl.plots import plot_ranks, plot_recovery
-from pirl.replicates import Study
+from pirl.replicates import Study, check_study
 from pirl.setting import Setting
 from pirl.verdicts import is_calibrated, verdicts, words
 
@@ -85,6 +85,7 @@ def test_exact_posteriors_are_calibrated(monkeypatch: pytest.MonkeyPatch) -> Non
         (exact(shift=-0.4), "posterior too low"),
         (exact(width=0.7), "posterior too narrow"),
         (exact(width=1.5), "posterior too wide"),
+        (exact(shift=0.4, width=0.5), "posterior too narrow and high"),
     ],
 )
 def test_unsound_posteriors_are_called_what_they_are(
@@ -234,6 +235,31 @@ def test_failures_are_counted_and_no_study_with_failures_passes(monkeypatch: pyt
         study(monkeypatch, failing(1), num_replicates=5)
 
 
+@pytest.mark.parametrize("count", [5, 19, 20])
+def test_few_replicates_are_called_too_few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    found = study(monkeypatch, exact(), num_replicates=count)
+    (first, *_) = words(found, verdicts(found))
+    assert ("too few to tell" in first) == (count < 20) and ("Calibrated" in first) == (count >= 20)
+
+
+def test_what_the_data_do_not_tell_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The posterior of a parameter that no data depend on is its prior: calibrated, and worth a word."""
+    whole = study(monkeypatch, exact())
+    assert not any("next to nothing" in line for line in words(whole, verdicts(whole)))
+    blind = study(monkeypatch, exact(blind=True))
+    assert any(line.startswith("Of mu the data tell next to nothing") for line in words(blind, verdicts(blind)))
+
+
+def test_what_is_no_study_is_refused() -> None:
+    posterior = pirl.fit(normal, DATA, engine="laplace", num_samples=10, progress=False)
+    for wrong in (None, "study.nc", posterior):
+        with pytest.raises(OptionError, match=r"give what pirl\.calibrate returned"):
+            check_study(wrong)
+    for reads in (verdicts, plot_ranks, plot_recovery):
+        with pytest.raises(OptionError, match="this is a posterior, and no study"):
+            reads(posterior)
+
+
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -262,6 +288,8 @@ def test_a_study_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatc
     assert longer["ranks"]["mu"][:, :12].equals(whole["ranks"]["mu"])
     with pytest.raises(CheckpointError, match="another run"):
         study(monkeypatch, exact(), num_replicates=12, checkpoint=path, seed=1)
+    with pytest.raises(CheckpointError, match="kind is 'calibration'"):
+        pirl.fit(normal, DATA, engine="nuts", num_warmup=5, num_samples=5, checkpoint=path, progress=False)
 
 
 # ---------------------------------------------------------------------------------------------- many data sets at once
@@ -337,6 +365,74 @@ def test_models_that_mix_replicates_are_sampled_one_by_one() -> None:
     with pytest.raises(ModelError, match="data sets at once"):
         pirl.calibrate(mixing, DATA, batch=2, **sizes)
     assert pirl.calibrate(mixing, DATA, **sizes).attrs["num_replicates"] == 2
+
+
+def test_progress_is_told_within_a_batch() -> None:
+    shares = list[float]()
+    with Setting.of((DATA,), {}).entered():
+        potentials, data = stacked(normal, (DATA,), 3)
+        run_all(potentials, normal, data, num_chains=4, num_warmup=20, num_samples=5, seed=1, told=shares.append)
+    assert shares == pytest.approx([(k + 1) / 25 for k in range(25)])
+
+
+# ---------------------------------------------------------------------------------------------------------- quantities
+
+
+def scored(data: Tensor) -> None:
+    """Says how likely data are, and cannot do without them."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("score", dist.Normal(mu, SCALE).log_prob(data.sort().values).sum())
+
+
+def redrawn(latent: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"data": dist.Normal(latent["mu"], SCALE).sample(torch.Size([4]))}
+
+
+def test_data_may_be_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 4, "num_draws": 9, "progress": False}
+    found = pirl.calibrate(scored, DATA, draw_data=redrawn, **sizes)
+    assert list(found["ranks"].data_vars) == ["mu", "log_likelihood"]
+    wrong: list[tuple[Any, str]] = [
+        (lambda latent, arguments: {}, "must be a dictionary"),
+        (lambda latent, arguments: {"datum": DATA}, r"returned \['datum'\].*some of data"),
+        (lambda latent, arguments: None, "returned NoneType"),
+    ]
+    for drawn, told in wrong:
+        with pytest.raises(OptionError, match=told):
+            pirl.calibrate(scored, DATA, draw_data=drawn, **sizes)
+
+    class Plan:
+        """Demonstrations, of which a model sees only how many there are."""
+
+        def unobserved(self) -> None:
+            return None
+
+    with pytest.raises(ModelError, match="does not run without data.*draw_data="):
+        pirl.calibrate(scored, Plan(), **sizes)
+
+
+def test_names_of_quantities_and_dims_are_checked() -> None:
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
+    for name in ("mu", "log_likelihood"):
+        with pytest.raises(OptionError, match="choose another"):
+            pirl.calibrate(normal, DATA, quantities={name: lambda draws, data: draws["mu"]}, **sizes)
+    with pytest.raises(OptionError, match="dims names 'my'"):
+        pirl.calibrate(normal, DATA, dims={"my": ["x"]}, **sizes)
+    with pytest.raises(OptionError, match="batch is 0"):
+        pirl.calibrate(normal, DATA, batch=0, **sizes)
+
+
+def test_what_is_recorded_is_ranked_where_parameters_are_not_identified() -> None:
+    def model(data: Tensor) -> None:
+        factors = pyro.sample("factors", dist.Normal(1.0, 1.0).expand([2]).to_event(1), infer={"identified": False})
+        product = pyro.deterministic("product", factors.prod(-1))
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(product.unsqueeze(-1), SCALE), obs=data)
+
+    found = pirl.calibrate(
+        model, DATA, num_replicates=2, num_chains=4, num_warmup=20, num_samples=20, num_draws=9, progress=False
+    )
+    assert list(found["ranks"].data_vars) == ["product", "log_likelihood"]
 
 
 # -------------------------------------------------------------------------------------------------- return differences

@@ -81,7 +81,8 @@ class Checkpoint:
             return None
         arrays = read(self.path)
         identity, probe = _identity(arrays.pop("identity"), self.path), arrays.pop("probe")
-        for name in sorted(self.identity.keys() | identity.keys()):
+        names = self.identity.keys() | identity.keys()
+        for name in sorted(names, key=lambda name: (name != "kind", name != "model", name != "engine", name)):
             ours, theirs = self.identity.get(name), identity.get(name)
             if ours != theirs:
                 raise CheckpointError(

@@ -105,10 +105,10 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int | float, str], None]]:
     """Yield ``update(done, note)``; draws a bar on a terminal, and does nothing anywhere else."""
 
-    def ignore(done: int, note: str) -> None:
+    def ignore(done: int | float, note: str) -> None:
         pass
 
     if not (shown and sys.stderr.isatty()):
@@ -122,7 +122,7 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int,
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
 
-        def update(done: int, note: str) -> None:
+        def update(done: int | float, note: str) -> None:
             bar.update(task, completed=done, note=note)
 
         yield update

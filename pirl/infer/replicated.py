@@ -8,6 +8,7 @@ of a replicate share step size and mass matrix; replicates share nothing but the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +210,7 @@ def run_all(
     seed: int,
     target_accept_prob: float = 0.8,
     dense_mass: bool | None = None,
+    told: Callable[[float], None] = lambda share: None,
 ) -> list[Draws]:
     """Sample all replicates by Hamiltonian Monte Carlo, as ``chees`` does but for a trajectory length that is fixed.
 
@@ -218,6 +220,7 @@ def run_all(
         potentials, model, data: see :class:`ReplicatedPotential`.
         num_chains, num_warmup, num_samples: of each replicate.
         target_accept_prob, dense_mass: see :func:`pirl.infer.chees.run`.
+        told: is given the share of steps made, on the way.
 
     Returns:
         Of each replicate the draws ``[chain, draw, *shape]``, unconstrained.
@@ -234,7 +237,9 @@ def run_all(
         target = ReplicatedPotential(potentials, model, data, _probes(potentials), width)
         ensemble = Ensemble(target, num_chains * replicates, ALONE)
         with ensemble.at_work(torch.empty(0).device):
-            draws, bad = _sample(ensemble, target, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense)
+            draws, bad = _sample(
+                ensemble, target, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense, told
+            )
     return [
         Draws(potential.unflatten(draws[:, :, r]), unconstrained=True, stats={"diverging": bad[:, :, r]})
         for r in range(replicates)
@@ -276,6 +281,7 @@ def _sample(
     seed: int,
     target_accept_prob: float,
     dense: bool,
+    told: Callable[[float], None],
 ) -> tuple[Float[Tensor, "C draw R D"], Bool[Tensor, "C draw R"]]:
     """Warm up, freeze, draw: positions, and which transitions diverged."""
     by = (num_chains, target.replicates)
@@ -306,6 +312,7 @@ def _sample(
         else:
             kept.append(phase.z.reshape(*by, -1).cpu())
             diverging.append((moved.diverging > 0).reshape(by).cpu())
+        told((step + 1) / (num_warmup + num_samples))
     return torch.stack(kept, 1), torch.stack(diverging, 1)
 
 

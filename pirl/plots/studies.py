@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pirl.convergence import element_names
 from pirl.errors import OptionError
 from pirl.plots.style import BLUE, ORANGE, new_figure
-from pirl.replicates import LOG_LIKELIHOOD
+from pirl.replicates import LOG_LIKELIHOOD, check_study
 from pirl.uniformity import band, shares_below
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
         >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
         >>> plot_ranks(study).savefig("ranks.png")
     """
+    if not 0 < level < 1:
+        raise OptionError(f"level is {level}, but must be between 0 and 1")
     ranks = _elements(study, "ranks")
     num_draws = int(study.attrs["num_draws"])
     some = next(iter(ranks.values()))
@@ -52,8 +54,8 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.plot(inside.grid, share - inside.grid, color=ORANGE if out else BLUE, linewidth=1.5)
         ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
-        ax.set_xlabel("share of the posterior below")
-        ax.set_ylabel("share of truths there,\nless that")
+        ax.set_xlabel("rank of the truth, as a share of draws")
+        ax.set_ylabel("share of replicates below,\nminus expected")
     figure.suptitle(_title(study), fontsize="medium")
     return figure
 
@@ -89,13 +91,14 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
         r = np.nan if flat else np.corrcoef(truth, recovery["mean"][name])[0, 1]
         ax.set_title(f"{name} (r = {r:.2f})", fontsize="medium")
         ax.set_xlabel("truth")
-        ax.set_ylabel("posterior mean, 90%")
-    figure.suptitle(_title(study), fontsize="medium")
+        ax.set_ylabel("posterior mean\nand 90% interval")
+    figure.suptitle(f"{_title(study)}; orange: the interval misses the truth", fontsize="medium")
     return figure
 
 
 def _elements(study: xarray.DataTree, group: str, summary: str | None = None) -> dict[str, Float[np.ndarray, " R"]]:
     """Each element of each quantity by its name, of the replicates that did not fail."""
+    check_study(study)
     lived = ~np.asarray(study["sample_stats"]["failed"].values, dtype=bool)[0]
     found: dict[str, np.ndarray] = {}
     for data in study[group].to_dataset().data_vars.values():
@@ -118,4 +121,5 @@ def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
 
 def _title(study: xarray.DataTree) -> str:
     count = study.attrs["num_replicates"]
-    return f"{study.attrs.get('title', study.attrs['model'])}\n{count} replicates, engine {study.attrs['engine']}"
+    many = f"{count} replicate{'s' if count != 1 else ''}"
+    return f"{study.attrs.get('title', study.attrs['model'])}\n{many}, engine {study.attrs['engine']}"
