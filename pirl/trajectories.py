@@ -284,6 +284,8 @@ class Trajectories:
         Columns are named by the arguments; ``subject=None`` (or no such column) for a single subject. States and
         actions are whole numbers; subjects may be anything.
         """
+        if not hasattr(data, "columns"):
+            raise InvalidTrajectoriesError(f"data is a {type(data).__name__}, not a data frame: pandas.DataFrame(...)")
         absent = [name for name in (episode, t, state, action) if name not in data.columns]
         if absent:
             raise InvalidTrajectoriesError(
@@ -296,6 +298,11 @@ class Trajectories:
                 raise InvalidTrajectoriesError(f"the data frame has several columns {name!r}")
             if name != action and data[name].isna().any():
                 raise InvalidTrajectoriesError(f"column {name!r} has missing entries; only a last action may be")
+        for name in (state, action):
+            if text := next((x for x in data[name] if isinstance(x, str)), None):
+                raise InvalidTrajectoriesError(
+                    f"column {name!r} has text ({text!r}): number it first, as data[{name!r}].map({{{text!r}: 0, ...}})"
+                )
         try:
             groups = [(key, rows.sort_values(t)) for key, rows in data.groupby(keys, sort=True, observed=True)]
             twice = [key for key, rows in groups if rows[t].duplicated().any()]

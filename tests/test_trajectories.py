@@ -235,7 +235,7 @@ def test_a_data_frame_without_last_states() -> None:
         ({"action": [0, None, 1]}, "missing action before its last row"),
         ({"state": [0, 1.5, 2]}, r"states\[0\] must be whole numbers"),
         ({"state": [0, None, 2]}, "column 'state' has missing entries"),
-        ({"state": ["a", "b", "c"]}, r"states\[0\] cannot be read as whole numbers"),
+        ({"state": ["a", "b", "c"]}, r"column 'state' has text \('a'\): number it first"),
         ({"episode": [0, None, 0]}, "column 'episode' has missing entries"),
         ({"t": [0, None, 2]}, "column 't' has missing entries"),
         ({"t": [0, "x", 2]}, "columns episode, t cannot be put in order"),
@@ -337,3 +337,12 @@ def test_a_minari_dataset() -> None:
     demos = Trajectories.from_episodes(episodes)
     assert demos.as_tensor().tolist() == [[[0, 1], [1, 0], [2, -1]], [[2, 0], [1, 1], [1, -1]]]
     assert demos.ends == ("terminated", "truncated")
+
+
+def test_data_frames_of_text_are_told_to_be_numbered() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"episode": [0, 0], "t": [0, 1], "state": [0, 1], "action": ["stay", None]})
+    with pytest.raises(InvalidTrajectoriesError, match=r"column 'action' has text \('stay'\): number it first"):
+        Trajectories.from_dataframe(frame)
+    with pytest.raises(InvalidTrajectoriesError, match="not a data frame"):
+        Trajectories.from_dataframe([1, 2])
