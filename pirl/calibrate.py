@@ -43,8 +43,9 @@ SIZES: dict[str, dict[str, int]] = {
 AT_ONCE = 512
 """Chains that are sampled at once, of all replicates: more are hardly faster, and are seen and saved less often."""
 
-BATCHED = {"target_accept_prob", "dense_mass"}
-"""Options of chees that replicates sampled at once know."""
+BATCHED = {"target_accept_prob", "dense_mass", "max_leapfrogs", "init"}
+"""Options of chees that replicates sampled at once know. Their chains start at draws from the prior, as the truths are,
+whatever ``init`` says."""
 
 _COLUMNS = 4 + len(QUANTILES)
 """Numbers that are kept of each element of a quantity: rank, truth, mean, sd, quantiles."""
@@ -100,8 +101,9 @@ def calibrate(
         checkpoint: a file that replicates are saved to as they are done, every half a minute and on Ctrl-C; the same
             call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
-            dims left of its plates as Pyro's particles need. None: as many as make 512 chains, where the model allows
-            it and data are its own; 1: one by one, as all other engines do, and ``draw_data``, which takes longer.
+            dims left of its plates as Pyro's particles need, and chains start at draws from the prior. None: as many as
+            make 512 chains, where the model allows it and data are its own; 1: one by one, as all other engines do,
+            and ``draw_data``, which takes longer.
         model_kwargs: keyword arguments of the model.
         options: options of the engine.
 
@@ -154,10 +156,15 @@ def calibrate(
             **{f"option {name}": options.get(name) for name in engine_options(run)},
         }  # fmt: skip
 
-        plan = planned(study.potential(study.draw(0)), dims or {})
-        check_names(plan, coords or {})
-        if unknown := (dims or {}).keys() - plan["posterior"].keys() - study.quantities.keys():
-            raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site of the model, and no quantity")
+        potential = study.potential(study.draw(0))
+        plan = planned(potential, dims or {})
+        # Labels of what only arguments have (a model file's may have such) are nobody's here.
+        theirs = {dim for name in study.plan for dim in (dims or {}).get(name, ())}
+        ours = {dim for group in plan.values() for layout, _ in group.values() for dim in layout}
+        check_names(plan, {dim: labels for dim, labels in (coords or {}).items() if dim not in theirs - ours})
+        known = {*plan["posterior"], *potential.sites, *study.plan, *study.quantities}
+        if unknown := set(dims or {}) - known:
+            raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site, argument or quantity of the model")
 
         def one(number: int) -> Comparison:
             truth = study.draw(number)
@@ -172,6 +179,7 @@ def calibrate(
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
+            chains.pop("init", None)
             found = run_all(potentials, model, data, **chains, told=told)
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 

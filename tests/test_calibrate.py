@@ -18,10 +18,11 @@ from torch import Tensor
 import pirl
 from pirl.cli import app
 from pirl.envs import gridworld, gridworld_features
-from pirl.errors import CheckpointError, InterruptedWarning, ModelError, NonFiniteError, OptionError
+from pirl.errors import CheckpointError, ConvergenceWarning, InterruptedWarning, ModelError, NonFiniteError, OptionError
 from pirl.infer import Potential
 from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
+from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
@@ -499,3 +500,36 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert "Not calibrated: mu (posterior too narrow)" in capsys.readouterr().out
     assert call(str(path), "--draws", "100000") == 2
     assert "fewer than num_draws" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gridworld", ["rows=3", "cols=3", "num_features=2", "horizon=4", "num_demos=3"]),
+        ("optimality_graphical_model", []),
+        ("bus_engine", []),
+        ("linear_gaussian", []),
+        ("objectworld", ["size=4"]),
+    ],
+)
+def test_the_models_of_pirl_can_be_studied(name: str, settings: list[str]) -> None:
+    """With the options, the names and the labels that their files give."""
+    file = ModelFile.read(Path(__file__).parents[1] / "models" / f"{name}.py")
+    options = file.options(settings)
+    sizes = {"num_replicates": 2, "num_draws": 9, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = file.calibrate(options, {"engine": "laplace", **sizes})
+    assert found is not None and "log_likelihood" in found["ranks"]
+    if name in ("gridworld", "bus_engine"):
+        short = {"engine": "chees", "num_chains": 4, "num_warmup": 5, "num_samples": 5, "batch": 2, **sizes}
+        found = file.calibrate(options, short)
+        assert found is not None and int(found["ranks"]["log_likelihood"].size) == 2
+
+
+def test_names_of_arguments_dims_have_their_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "get_engine", lambda name: exact())
+    given: dict[str, Any] = {"num_replicates": 2, "engine": "laplace", "num_draws": 9, "progress": False}
+    pirl.calibrate(normal, DATA, dims={"data": ["place"]}, coords={"place": ["a", "b", "c", "d"]}, **given)
+    with pytest.raises(OptionError, match="'plaice'"):
+        pirl.calibrate(normal, DATA, dims={"data": ["place"]}, coords={"plaice": ["a"]}, **given)

@@ -19,6 +19,8 @@ from torch import Tensor
 from pirl import errors
 from pirl.fit import fit
 from pirl.infer import ENGINES, Draws, Potential, get_engine
+from pirl.infer.importance import weighed
+from pirl.setting import Setting
 
 F64 = torch.float64
 FEW: dict[str, Any] = {"num_prior": 0, "num_posterior_predictive": 0, "progress": False}
@@ -579,3 +581,14 @@ def test_engines_return_draws_of_every_site_without_fit() -> None:
         "shares": (1, 6, 2),
         "sd": (1, 6),
     }
+
+
+def test_an_approximation_far_too_wide_is_told_by_an_infinite_tail() -> None:
+    """All but a few draws weigh nothing at all, where no tail can be fitted."""
+    with Setting.of((), {}).entered():
+        potential = Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+        vectors = torch.linspace(0.0, 1e3, 200)[:, None]
+        with pytest.warns(errors.ConvergenceWarning, match="k-hat is inf"):
+            found = weighed(potential, vectors, torch.zeros(200), resample=True)
+    assert found.attrs["pareto_k"] == math.inf and found.attrs["importance_ess"] == pytest.approx(1.0, abs=1e-4)
+    assert bool(found.stats["log_weight"].exp().isfinite().all())

@@ -59,7 +59,10 @@ def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool
     if len(ratios) < FEWEST:
         khat = np.nan  # too few draws for a tail
     elif np.ptp(ratios[np.isfinite(ratios)]) > rounding:  # else the approximation is exact, and has no tail
-        smooth, khat = array_stats.psislw(-ratios)  # it takes the log of the inverse weights, as loo does
+        with np.errstate(divide="ignore", invalid="ignore"):  # of weights that nearly all are 0
+            smooth, khat = array_stats.psislw(-ratios)  # it takes the log of the inverse weights, as loo does
+        if np.isnan(smooth).any():  # no tail can be fitted where so many draws weigh next to nothing
+            smooth, khat = ratios, np.inf
     smooth = smooth - np.logaddexp.reduce(smooth)
     size = float(np.exp(-np.logaddexp.reduce(2 * smooth)))
     attrs: dict[str, str | int | float] = {

@@ -210,6 +210,7 @@ def run_all(
     seed: int,
     target_accept_prob: float = 0.8,
     dense_mass: bool | None = None,
+    max_leapfrogs: int | None = None,
     told: Callable[[float], None] = lambda share: None,
 ) -> list[Draws]:
     """Sample all replicates by Hamiltonian Monte Carlo, as ``chees`` does but for a trajectory length that is fixed.
@@ -219,7 +220,7 @@ def run_all(
     Args:
         potentials, model, data: see :class:`ReplicatedPotential`.
         num_chains, num_warmup, num_samples: of each replicate.
-        target_accept_prob, dense_mass: see :func:`pirl.infer.chees.run`.
+        target_accept_prob, dense_mass, max_leapfrogs: see :func:`pirl.infer.chees.run`.
         told: is given the share of steps made, on the way.
 
     Returns:
@@ -238,8 +239,9 @@ def run_all(
         ensemble = Ensemble(target, num_chains * replicates, ALONE)
         with ensemble.at_work(torch.empty(0).device):
             draws, bad = _sample(
-                ensemble, target, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense, told
-            )
+                ensemble, target, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense,
+                max_leapfrogs or MOST_LEAPFROGS, told,
+            )  # fmt: skip
     return [
         Draws(potential.unflatten(draws[:, :, r]), unconstrained=True, stats={"diverging": bad[:, :, r]})
         for r in range(replicates)
@@ -281,6 +283,7 @@ def _sample(
     seed: int,
     target_accept_prob: float,
     dense: bool,
+    max_leapfrogs: int,
     told: Callable[[float], None],
 ) -> tuple[Float[Tensor, "C draw R D"], Bool[Tensor, "C draw R"]]:
     """Warm up, freeze, draw: positions, and which transitions diverged."""
@@ -295,7 +298,7 @@ def _sample(
         warm = step < num_warmup
         eps = sizes.log_size.exp() if warm else sizes.average
         # As in chees: while scales are unknown, long trajectories are a waste.
-        most = min(MOST_LEAPFROGS, FIRST_LEAPFROGS * 2 ** sum(end <= step for end in ends)) if warm else MOST_LEAPFROGS
+        most = min(max_leapfrogs, FIRST_LEAPFROGS * 2 ** sum(end <= step for end in ends)) if warm else max_leapfrogs
         count = max(1, min(most, math.ceil(halton(step + 1) * WHITENED_LENGTH / float(eps.median()))))
         numbers = random_numbers(seed, MOMENTA, step)
         momentum = torch.from_numpy(numbers.standard_normal(tuple(phase.z.shape))).to(phase.z)
