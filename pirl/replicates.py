@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.convergence import ess_bulk, rhat
-from pirl.errors import ModelError, OptionError, PirlError
+from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
-from pirl.infer.potential import NO_DENSITY, Potential, Values
+from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior import rewards_at, trajectory_laws
@@ -90,6 +90,7 @@ class Study:
 
     Raises:
         ModelError: the model has no data to simulate, or a ``pyro.factor`` and no ``draw_data``.
+        DiscreteLatentError: a discrete site is hidden.
     """
 
     def __init__(
@@ -110,6 +111,26 @@ class Study:
         # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
         self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
         self.plan = bound(model, *setting.unobserved())
+        if draw_data is None:
+            self._refuse_discrete_latents(setting)
+
+    def _refuse_discrete_latents(self, setting: Setting) -> None:
+        """Name discrete sites that are hidden, which would pass for data: told apart where the real data are given."""
+        arguments = [*setting.args, *setting.kwargs.values()]
+        plans = [value for value in arguments if hasattr(value, "as_tensor") and value.as_tensor() is None]
+        if plans or any(value is None for value in arguments):
+            return
+        try:
+            with own_generator(), torch.no_grad():
+                trace = pyro.poutine.trace(self.model).get_trace(*setting.args, **setting.kwargs)
+        except Exception:  # will be said of the model without data, or with those of a replicate
+            return
+        kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
+        for name, kind in kinds.items():
+            if kind == "latent" and trace.nodes[name]["fn"].support.is_discrete and "observed" in kinds.values():
+                raise DiscreteLatentError(
+                    f"latent site {name!r} is discrete: enumerate it (sum it out), or use MixtureSameFamily"
+                )
 
     def draw(self, number: int) -> Truth:
         """Parameters and data of a replicate, the same for the same number.

@@ -18,7 +18,15 @@ from torch import Tensor
 import pirl
 from pirl.cli import app
 from pirl.envs import gridworld, gridworld_features
-from pirl.errors import CheckpointError, ConvergenceWarning, InterruptedWarning, ModelError, NonFiniteError, OptionError
+from pirl.errors import (
+    CheckpointError,
+    ConvergenceWarning,
+    DiscreteLatentError,
+    InterruptedWarning,
+    ModelError,
+    NonFiniteError,
+    OptionError,
+)
 from pirl.infer import Potential
 from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
@@ -185,6 +193,20 @@ def test_what_cannot_be_simulated_is_refused() -> None:
 
     found = pirl.calibrate(factored, DATA, engine="laplace", num_replicates=60, draw_data=draw_data, progress=False)
     assert is_calibrated(found)  # exp(-(mu - x)^2) is a normal density of variance 1/2
+
+
+def test_hidden_discrete_sites_are_no_data() -> None:
+    def mixture(data: Tensor | None) -> None:
+        kind = pyro.sample("kind", dist.Categorical(torch.full((2,), 0.5)))
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([-1.0, 1.0])[kind], 1.0))
+        pyro.sample("x", dist.Normal(mu, SCALE).expand([4]).to_event(1), obs=data)
+
+    with pytest.raises(DiscreteLatentError, match="'kind' is discrete: enumerate it"):
+        pirl.calibrate(mixture, DATA, num_replicates=2, engine="laplace", progress=False)
+    given = {"num_replicates": 2, "num_draws": 9, "engine": "laplace", "progress": False}
+    assert (
+        "mu" in pirl.calibrate(mixture, None, **given)["ranks"]
+    )  # a plan alone does not say which of the two is hidden
 
 
 def test_parameters_without_a_law_are_drawn_again() -> None:
