@@ -24,7 +24,7 @@ from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named, check_names, planned, to_datatree
 from pirl.infer.engine import one_thread, progress_bar
 from pirl.infer.ranks import Ranks, join
-from pirl.infer.replicated import run_all
+from pirl.infer.replicated import STARTS, run_all
 from pirl.replicates import QUANTILES, Comparison, DrawData, Quantity, Study
 from pirl.setting import Setting, own_keywords
 
@@ -44,8 +44,7 @@ AT_ONCE = 512
 """Chains that are sampled at once, of all replicates: more are hardly faster, and are seen and saved less often."""
 
 BATCHED = {"target_accept_prob", "dense_mass", "max_leapfrogs", "init"}
-"""Options of chees that replicates sampled at once know. Their chains start at draws from the prior, as the truths are,
-whatever ``init`` says."""
+"""Options of chees that replicates sampled at once know."""
 
 _COLUMNS = 4 + len(QUANTILES)
 """Numbers that are kept of each element of a quantity: rank, truth, mean, sd, quantiles."""
@@ -101,8 +100,8 @@ def calibrate(
         checkpoint: a file that replicates are saved to as they are done, every half a minute and on Ctrl-C; the same
             call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
-            dims left of its plates as Pyro's particles need, and chains start at draws from the prior. None: as many as
-            make 512 chains, where the model allows it and data are its own; 1: one by one, as all other engines do,
+            dims left of its plates as Pyro's particles need (and ``init`` is no dict of values). None: as many as make
+            512 chains, where the model allows it and data are its own; 1: one by one, as all other engines do,
             and ``draw_data``, which takes longer.
         model_kwargs: keyword arguments of the model.
         options: options of the engine.
@@ -179,14 +178,15 @@ def calibrate(
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
-            chains.pop("init", None)
             found = run_all(potentials, model, data, **chains, told=told)
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
         fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED
+        fits = fits and options.get("init", STARTS[0]) in STARTS
         if batch is not None and batch > 1 and not fits:
             raise OptionError(
-                f"batch={batch} needs engine 'chees', no draw_data=, and of its options {sorted(BATCHED)} only"
+                f"batch={batch} needs engine 'chees', no draw_data=, of its options {sorted(BATCHED)} only, "
+                f"and of its starts {STARTS}"
             )
         at_once = (batch or max(1, AT_ONCE // counts["num_chains"])) if fits else 1
         rows = _Rows(study, num_replicates, ranks, at_once, must=batch is not None)

@@ -79,7 +79,7 @@ def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Floa
         ``[*batch, S, 1]`` or ``[*batch, S, A]``.
 
     Raises:
-        InvalidRewardError: the shapes do not fit.
+        InvalidRewardError: the shapes or types do not fit.
 
     Example:
         >>> pirl.neural_reward(torch.nn.Linear(2, 1), torch.zeros(5, 2)).shape
@@ -87,7 +87,14 @@ def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Floa
     """
     if features.dim() not in (2, 3):
         raise InvalidRewardError(f"features have shape {tuple(features.shape)}; expected [S, D] or [S, A, D]")
-    reward = network(features)
+    try:
+        reward = network(features)
+    except RuntimeError as error:
+        message = next(iter(str(error).splitlines()), "")
+        if not any(word in message for word in ("shape", "size", "dtype", "device")):
+            raise
+        told = f"{list(features.shape)} of {features.dtype} on {features.device}"
+        raise InvalidRewardError(f"the network does not take features {told}: {message}") from error
     pairs = features.shape[:-1]
     if len(pairs) == 2 and reward.shape[-3:] == (*pairs, 1):
         reward = reward.squeeze(-1)
@@ -115,6 +122,9 @@ def lifted_network(
             network that was trained before, such as :func:`pirl.baselines.maxent`'s). The posterior is then one of a
             linear reward, quickly sampled, and right for ``engine="laplace"``.
 
+    Raises:
+        InvalidRewardError: the network is none, or has no parameters.
+
     Returns:
         A function from inputs ``[..., D]`` to ``[*batch, ..., outputs]``; in a plate, one network for each of its
         members.
@@ -126,6 +136,9 @@ def lifted_network(
         >>> reward(torch.zeros(8, 3), torch.ones(8, 1)).shape
         torch.Size([8])
     """
+    if not isinstance(name, str) or not isinstance(network, nn.Module):
+        kinds = f"{type(name).__name__} and {type(network).__name__}"
+        raise InvalidRewardError(f"name and network are {kinds}: give a string, then a torch.nn.Module")
     values = dict(network.named_parameters())
     own = [n for n, module in network.named_modules() if next(module.parameters(recurse=False), None) is not None]
     if not own:

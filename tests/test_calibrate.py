@@ -378,6 +378,28 @@ def test_replicates_sampled_at_once_have_their_own_posteriors() -> None:
         assert mu.std() == pytest.approx(precision**-0.5, rel=4.5 / (2 * pirl.convergence.ess_bulk(mu**2)) ** 0.5)
 
 
+def test_chains_sampled_at_once_start_where_they_are_told() -> None:
+    def far(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(50.0, 1.0))
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+    sizes = {"num_chains": 4, "num_warmup": 0, "num_samples": 1, "max_leapfrogs": 1, "seed": 1}
+    with Setting.of((DATA,), {}).entered():
+        potentials, data = stacked(far, (DATA,), 3)
+        first = {
+            # One step of a prior's or a box's size is refused where the posterior's sd is .24: chains stay at the start.
+            init: torch.stack([draws.values["mu"] for draws in run_all(potentials, far, data, init=init, **sizes)])
+            for init in ("prior", "uniform", "laplace")
+        }
+    assert first["prior"].min() > 40 and first["uniform"].abs().max() < 2 and len(first["uniform"].unique()) == 12
+    precision = 1 + 4 / SCALE**2
+    means = (50.0 + data["x"].sum(-1) / SCALE**2) / precision
+    assert ((first["laplace"].mean(1).squeeze() - means).abs() < 4.5 * 2 / (4 * precision) ** 0.5).all()
+    with pytest.raises(OptionError, match="starts"):
+        pirl.calibrate(far, DATA, batch=2, init={"mu": torch.tensor(50.0)}, progress=False)
+
+
 def test_models_that_mix_replicates_are_sampled_one_by_one() -> None:
     def mixing(data: Tensor) -> None:
         weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1))

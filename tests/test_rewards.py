@@ -113,6 +113,8 @@ def test_neural_reward_vmaps_over_parameters() -> None:
         (nn.Flatten(0), (S, K), r"expected \[\*batch, 5, 1\]"),
         (nn.Linear(K, 2), (S, A, K), r"expected \[\*batch, 5, 3, 1\]"),
         (nn.Flatten(0), (S, A, K), r"expected \[\*batch, 5, 3, 1\]"),
+        (nn.Linear(K + 1, 1), (S, K), r"does not take features \[5, 4\] of torch.float32 on cpu: mat1 and mat2 shapes"),
+        (nn.Linear(K, 1).double(), (S, K), "does not take features .* same dtype"),
     ],
 )
 def test_neural_reward_names_what_does_not_fit(network: nn.Module, shape: tuple[int, ...], complaint: str) -> None:

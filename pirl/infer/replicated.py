@@ -19,7 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pirl.errors import ModelError, NonFiniteError
+from pirl.errors import ModelError, NonFiniteError, PirlError
 from pirl.infer.adaptation import halton, window_ends
 from pirl.infer.chees import FIRST_LEAPFROGS
 from pirl.infer.engine import MOMENTA, Draws, own_generator, random_numbers, reseed
@@ -29,12 +29,17 @@ from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH
 from pirl.infer.potential import NO_DENSITY, Potential, Values, bijection, kind_of
 from pirl.infer.ranks import ALONE
 from pirl.infer.recorded import record as record_function
+from pirl.infer.start import DISPERSION, laplace_metric
 
 WIDTH = 1024
 """Chains of a block, of all replicates: each call has to look up the counts of all of them, however many chains."""
 
 MOST_LEAPFROGS = 200
 START_ATTEMPTS = 100
+STARTS = ("prior", "uniform", "laplace")
+SLOW = 0.1
+"""Share of replicates that may move less far than they should: how many steps are made is for all of them to share,
+and those of a tenth that needs the shortest steps should not be what all others wait for."""
 
 
 class _EvaluateAll(Messenger):
@@ -211,6 +216,7 @@ def run_all(
     target_accept_prob: float = 0.8,
     dense_mass: bool | None = None,
     max_leapfrogs: int | None = None,
+    init: str = "prior",
     told: Callable[[float], None] = lambda share: None,
 ) -> list[Draws]:
     """Sample all replicates by Hamiltonian Monte Carlo, as ``chees`` does but for a trajectory length that is fixed.
@@ -221,6 +227,7 @@ def run_all(
         potentials, model, data: see :class:`ReplicatedPotential`.
         num_chains, num_warmup, num_samples: of each replicate.
         target_accept_prob, dense_mass, max_leapfrogs: see :func:`pirl.infer.chees.run`.
+        init: one of ``STARTS``, see :func:`pirl.infer.start.find_starts`.
         told: is given the share of steps made, on the way.
 
     Returns:
@@ -239,8 +246,8 @@ def run_all(
         ensemble = Ensemble(target, num_chains * replicates, ALONE)
         with ensemble.at_work(torch.empty(0).device):
             draws, bad = _sample(
-                ensemble, target, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense,
-                max_leapfrogs or MOST_LEAPFROGS, told,
+                ensemble, target, potentials, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense,
+                max_leapfrogs or MOST_LEAPFROGS, init, told,
             )  # fmt: skip
     return [
         Draws(potential.unflatten(draws[:, :, r]), unconstrained=True, stats={"diverging": bad[:, :, r]})
@@ -277,6 +284,7 @@ def _finite(potential: Potential, point: Tensor) -> bool:
 def _sample(
     ensemble: Ensemble,
     target: ReplicatedPotential,
+    potentials: list[Potential],
     num_chains: int,
     num_warmup: int,
     num_samples: int,
@@ -284,12 +292,12 @@ def _sample(
     target_accept_prob: float,
     dense: bool,
     max_leapfrogs: int,
+    init: str,
     told: Callable[[float], None],
 ) -> tuple[Float[Tensor, "C draw R D"], Bool[Tensor, "C draw R"]]:
     """Warm up, freeze, draw: positions, and which transitions diverged."""
     by = (num_chains, target.replicates)
-    start = _starts(target, num_chains)
-    metric: Metric = _Metrics(start.reshape(*by, -1).std(0).clamp(min=1e-6))
+    start, metric = _starts(target, potentials, num_chains, init)
     sizes = _StepSizes(start[:, 0].reshape(by), target_accept_prob)
     phase = ensemble.evaluate(start, torch.ones_like(start[:, 0]))
     ends, window = window_ends(num_warmup), list[Tensor]()
@@ -299,7 +307,7 @@ def _sample(
         eps = sizes.log_size.exp() if warm else sizes.average
         # As in chees: while scales are unknown, long trajectories are a waste.
         most = min(max_leapfrogs, FIRST_LEAPFROGS * 2 ** sum(end <= step for end in ends)) if warm else max_leapfrogs
-        count = max(1, min(most, math.ceil(halton(step + 1) * WHITENED_LENGTH / float(eps.median()))))
+        count = max(1, min(most, math.ceil(halton(step + 1) * WHITENED_LENGTH / float(eps.quantile(SLOW)))))
         numbers = random_numbers(seed, MOMENTA, step)
         momentum = torch.from_numpy(numbers.standard_normal(tuple(phase.z.shape))).to(phase.z)
         luck = torch.from_numpy(-numbers.standard_exponential(len(phase.z))).to(phase.z)
@@ -319,17 +327,39 @@ def _sample(
     return torch.stack(kept, 1), torch.stack(diverging, 1)
 
 
-def _starts(target: ReplicatedPotential, num_chains: int) -> Float[Tensor, "B D"]:
-    """Draws from the prior where each replicate has a finite density and gradient."""
-    count = num_chains * target.replicates
-    start = target.potential.flat_prior_draws(count)
+def _starts(
+    target: ReplicatedPotential, potentials: list[Potential], num_chains: int, init: str
+) -> tuple[Float[Tensor, "B D"], Metric]:
+    """Starts where each replicate has a finite density and gradient, and how wide its posterior may be."""
+    count, size = num_chains * target.replicates, target.potential.size
+    unit = torch.ones(target.replicates, size)
+    if init == "laplace":
+        try:
+            found = [laplace_metric(potential) for potential in potentials]
+        except (PirlError, RuntimeError) as error:  # torch.linalg's among them
+            raise ModelError(f"the mode of a replicate was not found: {error}") from error
+        mode = torch.stack([mode for mode, _ in found])
+        metric = _Metrics(torch.stack([spread.factor for _, spread in found]))
+
+    def fresh() -> Tensor:
+        if init == "prior":
+            return target.potential.flat_prior_draws(count)
+        if init == "uniform":
+            return torch.empty(count, size).uniform_(-2.0, 2.0)
+        noise = metric.unwhiten(torch.randn(count, size))
+        return (mode + DISPERSION * noise.reshape(num_chains, *mode.shape)).reshape(count, size)
+
+    start = fresh()
     for _ in range(START_ATTEMPTS):
         parts = [target(rows) for rows in start.split(target.width)]
         bad = ~torch.cat([energy.isfinite() & slope.isfinite().all(-1) for energy, slope, _ in parts])
         if not bool(bad.any()):
-            return start
-        start = torch.where(bad[:, None], target.potential.flat_prior_draws(count), start)
-    raise NonFiniteError(f"{int(bad.sum())} of {count} chains find no start in the prior with a finite density")
+            if init == "laplace":
+                return start, metric
+            spread = start.reshape(num_chains, -1, size).std(0).clamp(min=1e-6)
+            return start, _Metrics(spread if init == "prior" and num_chains > 1 else unit)
+        start = torch.where(bad[:, None], fresh(), start)
+    raise NonFiniteError(f"{int(bad.sum())} of {count} chains find no start (init={init!r}) with a finite density")
 
 
 def _learnt(draws: Float[Tensor, "n R D"], dense: bool) -> Metric:
