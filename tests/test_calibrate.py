@@ -388,7 +388,7 @@ def test_chains_sampled_at_once_start_where_they_are_told() -> None:
     with Setting.of((DATA,), {}).entered():
         potentials, data = stacked(far, (DATA,), 3)
         first = {
-            # One step of a prior's or a box's size is refused where the posterior's sd is .24: chains stay at the start.
+            # One step of a prior's or a box's size is refused where the posterior's sd is .24: chains stay there.
             init: torch.stack([draws.values["mu"] for draws in run_all(potentials, far, data, init=init, **sizes)])
             for init in ("prior", "uniform", "laplace")
         }
