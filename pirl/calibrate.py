@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from pirl.errors import InterruptedWarning, ModelError, OptionError, PirlError, check_counts
+from pirl.errors import ConvergenceWarning, InterruptedWarning, ModelError, OptionError, PirlError, check_counts
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
@@ -165,20 +165,26 @@ def calibrate(
         if unknown := set(dims or {}) - known:
             raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site, argument or quantity of the model")
 
+        told = list[int]()
+
         def one(number: int) -> Comparison:
             truth = study.draw(number)
             potential = study.potential(truth)
-            draws = run(potential, **counts, seed=study.engine_seed(number), progress=False, **options)
+            with warnings.catch_warnings():
+                if told:  # one replicate's complaint is like the next one's; a study judges them all
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                told.append(number)
+                draws = run(potential, **counts, seed=study.engine_seed(number), progress=False, **options)
             if draws.attrs.get("interrupted") == "True":
                 raise KeyboardInterrupt
             return study.compare(number, truth, potential, draws, num_draws)
 
-        def many(numbers: Sequence[int], told: Callable[[float], None]) -> list[Comparison]:
+        def many(numbers: Sequence[int], shown: Callable[[float], None]) -> list[Comparison]:
             truths = [study.draw(number) for number in numbers]
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
-            found = run_all(potentials, model, data, **chains, told=told)
+            found = run_all(potentials, model, data, **chains, told=shown)
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
         fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED

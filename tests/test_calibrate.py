@@ -258,6 +258,18 @@ def test_failures_are_counted_and_no_study_with_failures_passes(monkeypatch: pyt
         study(monkeypatch, failing(1), num_replicates=5)
 
 
+def test_an_engine_complains_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = exact()
+
+    def uneasy(potential: Potential, **options: Any) -> Draws:
+        warnings.warn("not quite", ConvergenceWarning, stacklevel=2)
+        return sound(potential, **options)
+
+    with pytest.warns(ConvergenceWarning, match="not quite") as caught:
+        study(monkeypatch, uneasy, num_replicates=5)
+    assert len([one for one in caught if issubclass(one.category, ConvergenceWarning)]) == 1
+
+
 @pytest.mark.parametrize("count", [5, 19, 20])
 def test_few_replicates_are_called_too_few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     found = study(monkeypatch, exact(), num_replicates=count)
