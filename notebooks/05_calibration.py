@@ -28,7 +28,6 @@
 # %%
 import os
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pyro
 import pyro.distributions as dist
@@ -90,7 +89,6 @@ print(*words(sound, pirl.verdicts(sound)), sep="\n")
 
 # %%
 plot_ranks(sound)
-plt.show()
 
 # %% [markdown]
 # And what cognitive scientists publish: are parameters recovered? Calibrated is not the same as informative. A
@@ -99,7 +97,6 @@ plt.show()
 
 # %%
 plot_recovery(sound)
-plt.show()
 
 # %% [markdown]
 # ## 2. A sum too many
@@ -147,7 +144,6 @@ print(*words(doubled, pirl.verdicts(doubled)), sep="\n")
 
 # %%
 plot_ranks(doubled)
-plt.show()
 
 # %% [markdown]
 # The truth lies too often in the tails: below most draws or above them, which makes the line an S that leaves the band.
@@ -179,7 +175,6 @@ pirl.verdicts(misread)
 
 # %%
 plot_recovery(misread)
-plt.show()
 
 # %% [markdown]
 # Who slips off a good cell is taken for somebody who did not care for it: estimates are drawn towards zero, and the

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from pirl.errors import ConvergenceWarning, InterruptedWarning, ModelError, OptionError, PirlError, check_counts
+from pirl.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    ConvergenceWarning,
+    InterruptedWarning,
+    ModelError,
+    OptionError,
+    PirlError,
+    check_counts,
+)
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
@@ -59,7 +72,7 @@ def calibrate(
     num_chains: int | None = None,
     num_warmup: int | None = None,
     num_samples: int | None = None,
-    quantities: Mapping[str, Quantity] | None = None,
+    quantities: Mapping[str, Quantity] | Sequence[str] | None = None,
     draw_data: DrawData | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
@@ -86,23 +99,26 @@ def calibrate(
         num_draws: draws of a posterior among which the truth is ranked, evenly spaced over its chains. With 99 there
             are 100 ranks, and intervals of 50% and 90% are covered exactly so often. They must be nearly independent.
         engine, num_chains, num_warmup, num_samples: how each posterior is found.
-        quantities: further test quantities by name: functions of (draws of latent and deterministic sites
-            ``[draw, *shape]`` by name, data by site) that return a tensor ``[draw, *any]``.
+        quantities: further test quantities: names of what the model records (``pyro.deterministic``), or functions by
+            name of (draws of latent and deterministic sites ``[draw, *shape]`` by name, data by site) that return a
+            tensor ``[draw, *any]``.
         draw_data: for models that cannot say their data forwards (a ``pyro.factor``): a function of (latent sites,
             named arguments) which returns those arguments that are data, drawn with torch's default generator. It may
             also say that the world is not as the model thinks.
         coords, dims: labels, and names of dims of sites and quantities, as in :func:`pirl.fit`.
         seed: reproduces truths and data of every replicate by its number, and its posterior as well where replicates
-            are sampled one by one. Those that are sampled at once share random numbers and the number of leapfrog
-            steps, so that their draws are other ones in other company.
+            are sampled one by one. Those that are sampled at once share the number of leapfrog steps, so that their
+            draws depend on which others are sampled with them.
         device, dtype: move the arguments there first.
         progress: show how far it is, on a terminal.
-        checkpoint: a file that replicates are saved to as they are done, every half a minute and on Ctrl-C; the same
-            call goes on from there, also to more replicates (of an unfinished batch all are made anew).
+        checkpoint: a file that replicates are saved to as they are done, every half a minute, on Ctrl-C and on SIGTERM;
+            the same call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
             dims left of its plates as Pyro's particles need (and ``init`` is no dict of values). None: as many as make
             512 chains, where the model allows it and data are its own; 1: one by one, as all other engines do,
-            and ``draw_data``, which takes longer.
+            and ``draw_data``, which takes longer. What samples them at once is Hamiltonian Monte Carlo with the
+            transition of ``chees`` and trajectories of a fixed length (``attrs["sampler"]`` says what was used): it
+            judges the model; ``batch=1`` judges the adaptation of ``chees`` as well.
         model_kwargs: keyword arguments of the model.
         options: options of the engine.
 
@@ -135,6 +151,8 @@ def calibrate(
         check_counts(int(name != "num_warmup"), **{name: count})
     check_counts(0, seed=seed)
     check_counts(1, batch=1 if batch is None else batch)
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise OptionError(f"checkpoint is a {type(checkpoint).__name__}: give the path of a file")
     if counts["num_chains"] * counts["num_samples"] < num_draws:
         raise OptionError(
             f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}: "
@@ -151,7 +169,8 @@ def calibrate(
         identity = {
             "kind": "calibration", "model": getattr(model, "__name__", type(model).__name__), "engine": engine,
             "seed": seed, **counts,
-            "num_draws": num_draws, "quantities": sorted(study.quantities), "draw_data": draw_data is not None,
+            "num_draws": num_draws, "quantities": study.at_truth(0) if study.quantities else {},
+            "draw_data": draw_data is not None,
             **{f"option {name}": options.get(name) for name in engine_options(run)},
         }  # fmt: skip
 
@@ -205,10 +224,34 @@ def calibrate(
     attrs: dict[str, str | int | float] = {
         "inference_library": "pirl", "model": str(identity["model"]), "engine": engine, "seed": seed, **counts,
         "num_draws": num_draws, "num_replicates": len(found),
-        **({"failures": "; ".join(rows.reasons[:3])} if rows.reasons else {}),
     }  # fmt: skip
+    if engine == "chees":
+        attrs["sampler"] = "chees" if rows.batch == 1 else "HMC of all replicates at once, with chees' transition"
+    if said := [f"replicate {number}: {reason}" for number, reason in rows.reasons.items() if number < num_replicates]:
+        attrs["failures"] = "; ".join(said[:3])
     used = {dim for group in groups.values() for layout, _ in group.values() for dim in layout}
     return to_datatree(groups, {dim: labels for dim, labels in (coords or {}).items() if dim in used}, attrs)
+
+
+@contextmanager
+def _leaving_in_order(saves: bool) -> Iterator[None]:
+    """SIGTERM ends a study that saves itself as an exception does; only the main thread may listen."""
+    if not saves or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Rows:
@@ -224,7 +267,10 @@ class _Rows:
         self.numbers = range(ranks.rank, num_replicates, ranks.size)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.done: list[np.ndarray] = []
-        self.reasons: list[str] = []
+        self.spare: list[np.ndarray] = []
+        """What a file has of a study of more replicates, which it keeps."""
+        self.reasons: dict[int, str] = {}
+        self.unsaved = False
 
     def fill(
         self,
@@ -236,15 +282,15 @@ class _Rows:
     ) -> None:
         """Make the replicates that are missing, saving them on the way."""
         checkpoint = self._open(path, {**identity, "batch": self.batch})
-        with progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads) as update:
+        bar = progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads)
+        with bar as update, _leaving_in_order(checkpoint is not None):
             try:
                 while missing := self.numbers[len(self.done) :][: self.batch]:
                     shown = lambda share: update(len(self.done) + share * len(missing), "")  # noqa: E731
                     if len(missing) == 1 or not self._add_all(many, missing, shown):
-                        for number in missing:
-                            self._add(one, number)
-                            update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
-                            self._save(checkpoint)
+                        self.batch = 1  # those that follow go the same way
+                        self._add(one, missing[0])
+                    update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
                     self._save(checkpoint)
             except KeyboardInterrupt:
                 if not self.done:
@@ -252,12 +298,16 @@ class _Rows:
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warnings.warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning, stacklevel=4)
             finally:
-                if checkpoint is not None and self.done:
-                    checkpoint.save(self._arrays())
+                self._save(checkpoint, now=True)
 
-    def _save(self, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is not None and checkpoint.due:
+    def _save(self, checkpoint: Checkpoint | None, now: bool = False) -> None:
+        if checkpoint is None or not self.unsaved or not (now or checkpoint.due):
+            return
+        try:
             checkpoint.save(self._arrays())
+            self.unsaved = False
+        except CheckpointError as error:  # what was made is worth more than the file
+            warnings.warn(f"{error}; the study goes on", CheckpointWarning, stacklevel=4)
 
     def _add_all(
         self,
@@ -282,14 +332,23 @@ class _Rows:
         except PirlError as error:
             if not self.done:  # as the others will
                 raise
-            self.reasons.append(f"replicate {number}: {error}")
-            self.done.append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
+            self.reasons[number] = str(error)
+            self._append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
+
+    def _append(self, row: np.ndarray) -> None:
+        self.done.append(row)
+        self.spare = self.spare[1:]
+        self.unsaved = True
 
     def _keep(self, found: Comparison) -> None:
+        shapes = {name: x.truth.shape for name, x in found.quantities.items()}
         if not self.done:
-            self.shapes = {name: x.truth.shape for name, x in found.quantities.items()}
+            self.shapes = shapes
+        if shapes != self.shapes:
+            name = next(iter({**self.shapes, **shapes}.items() - self.shapes.items()), (next(iter(shapes)), ()))[0]
+            raise OptionError(f"quantity {name!r} has shape {shapes.get(name)} for one data set and another for others")
         columns = [column.reshape(-1).astype(float) for x in found.quantities.values() for column in x]
-        self.done.append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
+        self._append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
 
     def _open(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> Checkpoint | None:
         if path is None:
@@ -300,16 +359,18 @@ class _Rows:
         if (arrays := checkpoint.load()) is not None:
             told = json.loads(arrays["layout"].item())
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
-            self.reasons = told["reasons"]
+            self.batch = min(self.batch, told["batch"])
             saved = len(arrays["rows"])
             # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
             kept = len(self.numbers) if saved >= len(self.numbers) else saved // self.batch * self.batch
-            self.done = list(arrays["rows"][:kept])
+            self.done, self.spare = list(arrays["rows"][:kept]), list(arrays["rows"][kept:])
+            self.reasons = {int(number): reason for number, reason in told["reasons"].items()}
         return checkpoint
 
     def _arrays(self) -> Arrays:
-        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons})
-        return {"step": np.array(len(self.done)), "rows": np.stack(self.done), "layout": np.array(layout)}
+        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, "batch": self.batch})
+        rows = np.stack([*self.done, *self.spare])
+        return {"step": np.array(len(rows)), "rows": rows, "layout": np.array(layout)}
 
     def gathered(self) -> Float[np.ndarray, "R width"]:
         """The rows of all processes, in the order of the replicates."""

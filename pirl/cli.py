@@ -125,6 +125,7 @@ def fit_command(
     """
     _check_output(out)
     _check_output(plot, PLOT_FORMATS)
+    _check_distinct(out, plot, checkpoint)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
@@ -197,6 +198,7 @@ def compare_command(
 
     _check_output(out, (".csv", ".tex"))
     _check_output(plot, PLOT_FORMATS)
+    _check_distinct(out, plot)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
@@ -257,6 +259,7 @@ def calibrate_command(
     _check_output(out)
     for path in (plot, recovery):
         _check_output(path, PLOT_FORMATS)
+    _check_distinct(out, plot, recovery, checkpoint)
     file = ModelFile.read(model)
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": _device(device),
@@ -274,15 +277,16 @@ def calibrate_command(
         return
     if out is not None:
         write_posterior(study, out)
+    print_verdicts(study)
     if plot is not None or recovery is not None:
         from pirl.plots import plot_ranks, plot_recovery
+        from pirl.plots.studies import least_uniform
 
         for path, draw in ((plot, plot_ranks), (recovery, plot_recovery)):
             if path is not None:
-                figure = draw(study)
+                figure = draw(study, names=least_uniform(study))
                 with _replacing(path) as temporary:
                     figure.savefig(temporary, dpi=150)
-    print_verdicts(study)
     for path in (out, plot, recovery):
         if path is not None:
             print(f"wrote {path}")
@@ -339,6 +343,13 @@ def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
         raise OptionError(f"{path} cannot be written: {problem}; name another file")
     if suffixes and path.suffix.lower() not in suffixes:
         raise OptionError(f"{path} has no known format: let its name end in {', '.join(suffixes)}")
+
+
+def _check_distinct(*paths: Path | None) -> None:
+    """Refuse one file for two results."""
+    given = [path.resolve() for path in paths if path is not None]
+    if twice := [path for path in given if given.count(path) > 1]:
+        raise OptionError(f"{twice[0].name} is named for two results: give each a file of its own")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ that ignores them (Modrak et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,8 @@ class Study:
     Args:
         model: a Pyro model.
         setting: its arguments; demonstrations among them are a plan: how many, how long, from where.
-        quantities: test quantities beside those of :meth:`compare`.
+        quantities: test quantities beside those of :meth:`compare`: functions by name, or names of what the model
+            records (``pyro.deterministic``).
         draw_data: draws the data, where the model cannot say them forwards (it has a ``pyro.factor``).
         seed: reproduces every replicate by its number.
 
@@ -97,12 +99,12 @@ class Study:
         self,
         model: Callable[..., Any],
         setting: Setting,
-        quantities: Mapping[str, Quantity] | None = None,
+        quantities: Mapping[str, Quantity] | Sequence[str] | None = None,
         draw_data: DrawData | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.draw_data, self.seed = model, draw_data, seed
-        self.quantities = dict(quantities or {})
+        self.quantities = _functions(quantities or {})
         if draw_data is not None and not callable(draw_data):
             raise OptionError(f"draw_data is a {type(draw_data).__name__}: give a function of (parameters, arguments)")
         for name, quantity in self.quantities.items():
@@ -152,7 +154,7 @@ class Study:
             trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
         except NotImplementedError as error:
             raise ModelError(f"a prior cannot be drawn from, as of an improper one: {_line(error)}") from error
-        except (*NO_DENSITY, RuntimeError):
+        except (*NO_DENSITY, PirlError, RuntimeError):  # it says itself what is wrong, as where the model is fitted
             raise
         except Exception as error:
             if self.draw_data is not None:
@@ -187,7 +189,8 @@ class Study:
     def _drawn_data(self, latent: Values) -> dict[str, Any]:
         """What ``draw_data`` returns, looked at."""
         assert self.draw_data is not None
-        found = self.draw_data(latent, self.plan)
+        with _named("draw_data"):
+            found = self.draw_data(latent, self.plan)
         names = list(bound(self.model, self.args, self.kwargs))
         if not isinstance(found, Mapping) or not found or not found.keys() <= set(names):
             told = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
@@ -195,7 +198,22 @@ class Study:
                 f"draw_data returned {told}: it must be a dictionary of those arguments of the model that are data, "
                 f"some of {', '.join(names)}"
             )
+        for name, value in found.items():
+            whole = hasattr(self.plan[name], "unobserved")
+            if whole and (not hasattr(value, "unobserved") or value.as_tensor() is None):
+                raise OptionError(
+                    f"draw_data returned a {type(value).__name__} for {name!r}, but must return what was observed, "
+                    f"a {type(self.plan[name]).__name__} as {name!r} is"
+                )
         return dict(found)
+
+    def at_truth(self, number: int) -> dict[str, list[float]]:
+        """The values of :attr:`quantities` at the truth of a replicate: by these a study knows its own again."""
+        truth = self.draw(number)
+        potential = self.potential(truth)
+        values = potential.replay(truth.latent, unconstrained=False)["posterior"]
+        one = {name: value[None] for name, value in values.items()}
+        return {name: found.flatten().tolist() for name, found in self._own_quantities(potential, one)}
 
     def potential(self, truth: Truth) -> Potential:
         """The posterior given a replicate's data."""
@@ -251,19 +269,53 @@ class Study:
             if site.identified:
                 yield name, values[name]
         if not all(site.identified for site in potential.latent.values()):
-            for name in values.keys() - potential.latent.keys():  # what is recorded of them, such as a network's reward
-                yield name, values[name]
+            # What is recorded of them, such as a network's reward; in the order of the model, for all processes.
+            yield from ((name, value) for name, value in values.items() if name not in potential.latent)
         yield LOG_LIKELIHOOD, both["stats"]["log_likelihood"]
         latent = {name: values[name] for name in potential.latent}
         yield from _return_gaps(potential, latent)
+        yield from self._own_quantities(potential, values)
+
+    def _own_quantities(self, potential: Potential, values: Values) -> Iterator[tuple[str, Tensor]]:
+        """Those that were asked for beside the others, at draws ``[D, *shape]`` of latent and deterministic sites."""
         data = {name: site.value for name, site in potential.sites.items() if site.value is not None}
         for name, quantity in self.quantities.items():
             if name in potential.latent or name in (LOG_LIKELIHOOD, RETURN_GAP):
                 raise OptionError(f"quantity {name!r} has the name of one that is there already: choose another")
-            found = quantity(dict(values), data)
+            with _named(f"quantity {name!r}"):
+                found = quantity(dict(values), data)
             if not isinstance(found, Tensor) or found.shape[:1] != values[next(iter(values))].shape[:1]:
                 raise OptionError(f"quantity {name!r} must return a tensor [draw, ...] of as many draws as it is given")
             yield name, found
+
+
+def _functions(quantities: Mapping[str, Quantity] | Sequence[str]) -> dict[str, Quantity]:
+    """Test quantities as functions; a name is that of a site."""
+    if isinstance(quantities, Mapping):
+        return dict(quantities)
+    if isinstance(quantities, str) or not all(isinstance(name, str) for name in quantities):
+        raise OptionError("quantities must be functions by name, or a list of names that the model records")
+
+    def recorded(name: str) -> Quantity:
+        def quantity(values: Values, data: Values) -> Tensor:
+            if name not in values:
+                raise OptionError(f"quantity {name!r} is not recorded by the model: it has {', '.join(sorted(values))}")
+            return values[name]
+
+        return quantity
+
+    return {name: recorded(name) for name in quantities}
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Say of whose function an error is."""
+    try:
+        yield
+    except (PirlError, RuntimeError):
+        raise
+    except Exception as error:
+        raise ModelError(f"{what} raised {type(error).__name__}: {_line(error)}") from error
 
 
 def check_study(study: Any) -> None:

@@ -107,10 +107,19 @@ def _unobserved(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of the model by its parameters; a variadic parameter is numbered."""
+    """Name the arguments of the model by its parameters; a variadic parameter is numbered.
+
+    Raises:
+        OptionError: they are not those that the model takes.
+    """
     signature = inspect.signature(model)
     named: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        called = getattr(model, "__name__", type(model).__name__)
+        raise OptionError(f"the model is {called}{signature}: {error}; give its arguments after it") from None
+    for name, value in arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             named |= {f"{name}_{i}": item for i, item in enumerate(value)}

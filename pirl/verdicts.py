@@ -25,8 +25,8 @@ FEWEST = 20
 
 APPROXIMATE = ("laplace", "svi")
 
-UNTOLD = 0.05
-"""Contraction below which the data have said next to nothing."""
+UNTOLD = 0.4
+"""Correlation of truths and posterior means that the data leave a parameter at most, where they say little of it."""
 
 FEW_DRAWS, BAD_RHAT, OFTEN = 0.5, 1.1, 0.05
 # R-hat of a few dozen draws a chain is often above 1.05 where nothing is wrong.
@@ -39,8 +39,8 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
         A row for each element of each quantity: ``p_value`` of the hypothesis that its ranks are uniform (of the
         largest departure anywhere, exact), ``p_adjusted`` for the number of quantities (Holm 1979; a sound study has
         any below .05 in 5% of cases), ``coverage_50`` and ``coverage_90``, the shares of truths in the central
-        intervals, ``correlation`` of truths and posterior means, ``contraction`` (1 - mean posterior variance / prior
-        variance) and ``finding``, in words.
+        intervals, ``correlation`` of truths and posterior means, ``contraction`` (1 - mean posterior variance /
+        variance of the truths, NaN of fewer than 20) and ``finding``, in words.
 
     Raises:
         OptionError: this is no study.
@@ -74,7 +74,9 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
                     "p_adjusted": np.nan,
                     **{f"coverage_{round(100 * level)}": _coverage(rank, num_draws, level) for level in COVERED},
                     "correlation": np.corrcoef(known, mean[:, element])[0, 1] if spread > 0 else np.nan,
-                    "contraction": 1 - (sd[:, element] ** 2).mean() / spread if spread > 0 else np.nan,
+                    "contraction": 1 - (sd[:, element] ** 2).mean() / spread
+                    if spread > 0 and len(known) >= FEWEST
+                    else np.nan,
                     "finding": rank,
                 }
             )
@@ -151,14 +153,12 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
             f"Calibrated, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay in their "
             f"band (shares are known to +-{margin:.2f})."
         ]
-    # Sample variances and correlations of so many replicates are off by so much.
+    # The correlation of so many replicates is off by so much: few of them cannot tell that the data tell nothing.
     rows = found.drop(index=LOG_LIKELIHOOD, errors="ignore")
-    narrower = rows["contraction"] > UNTOLD + 2 * np.sqrt(2 / count)
-    known = rows["correlation"].fillna(0.0).abs() > np.sqrt(UNTOLD) + 2 / np.sqrt(count)
-    untold = [str(name) for name in rows.index[~(narrower | known)]]
-    if untold and count >= FEWEST:
+    untold = [str(name) for name in rows.index[rows["correlation"].fillna(0.0).abs() + 2 / np.sqrt(count) < UNTOLD]]
+    if untold:
         some = ", ".join(untold[:5]) + (", ..." if len(untold) > 5 else "")
-        lines.append(f"Of {some} the data tell next to nothing: posterior and prior are as wide.")
+        lines.append(f"Of {some} the data tell little: posterior means hardly follow the truth.")
     if not lived.all():
         why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
         lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from pirl.cli import app
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import (
     CheckpointError,
+    CheckpointWarning,
     ConvergenceWarning,
     DiscreteLatentError,
     InterruptedWarning,
@@ -34,7 +37,8 @@ from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
-from pirl.verdicts import is_calibrated, verdicts, words
+from pirl.uniformity import holm
+from pirl.verdicts import _coverage, is_calibrated, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
 SCALE = 0.5
@@ -280,9 +284,14 @@ def test_few_replicates_are_called_too_few(monkeypatch: pytest.MonkeyPatch, coun
 def test_what_the_data_do_not_tell_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The posterior of a parameter that no data depend on is its prior: calibrated, and worth a word."""
     whole = study(monkeypatch, exact())
-    assert not any("next to nothing" in line for line in words(whole, verdicts(whole)))
+    assert not any("the data tell little" in line for line in words(whole, verdicts(whole)))
     blind = study(monkeypatch, exact(blind=True))
-    assert any(line.startswith("Of mu the data tell next to nothing") for line in words(blind, verdicts(blind)))
+    assert any(line.startswith("Of mu the data tell little") for line in words(blind, verdicts(blind)))
+    # Twenty replicates cannot tell that, and a contraction is a ratio of two variances.
+    for count in (20, 19):
+        few = study(monkeypatch, exact(blind=True), num_replicates=count)
+        assert not any("the data tell little" in line for line in words(few, verdicts(few)))
+        assert verdicts(few)["contraction"].isna().all() == (count < 20)
 
 
 def test_what_is_no_study_is_refused() -> None:
@@ -477,6 +486,190 @@ def test_names_of_quantities_and_dims_are_checked() -> None:
         pirl.calibrate(normal, DATA, dims={"my": ["x"]}, **sizes)
     with pytest.raises(OptionError, match="batch is 0"):
         pirl.calibrate(normal, DATA, batch=0, **sizes)
+
+
+def recorder(data: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("twice", 2 * mu + torch.zeros(2), event_dim=1)
+    with pyro.plate("item", len(data)):
+        pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+
+def test_what_a_model_records_is_ranked_by_its_name() -> None:
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 3, "num_draws": 9, "progress": False}
+    found = pirl.calibrate(recorder, DATA, quantities=["twice"], **sizes)
+    ranks = found["ranks"].to_dataset()
+    assert ranks["twice"].shape == (1, 3, 2)
+    np.testing.assert_array_equal(ranks["twice"].values[..., 0], ranks["mu"].values)
+    assert len(plot_ranks(found).axes) == 4
+    assert [ax.get_title() for ax in plot_ranks(found, names=["mu", "twice[1]"]).axes] == ["mu", "twice[1]"]
+    assert len(plot_recovery(found, names="twice").axes) == 2
+    with pytest.raises(OptionError, match="names has 'nu'"):
+        plot_ranks(found, names=["nu"])
+    with pytest.raises(OptionError, match="'thrice' is not recorded"):
+        pirl.calibrate(recorder, DATA, quantities=["thrice"], **sizes)
+
+
+def test_a_study_of_other_quantities_is_another_study(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 3, "num_draws": 9, "progress": False}
+    path = tmp_path / "study.ckpt"
+    for _ in range(2):
+        pirl.calibrate(recorder, DATA, checkpoint=path, quantities={"q": lambda draws, data: draws["mu"]}, **sizes)
+    with pytest.raises(CheckpointError, match="another"):
+        pirl.calibrate(recorder, DATA, checkpoint=path, quantities={"q": lambda draws, data: -draws["mu"]}, **sizes)
+
+
+def test_a_study_that_is_terminated_saves_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine, path = exact(), tmp_path / "study.ckpt"
+
+    def killed(potential: Potential, *, seed: int, **options: Any) -> Draws:
+        killed.calls += 1
+        if killed.calls == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return engine(potential, seed=seed, **options)
+
+    killed.calls = 0
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        study(monkeypatch, killed, num_replicates=6, checkpoint=path)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    again = study(monkeypatch, killed, num_replicates=6, checkpoint=path)
+    assert killed.calls == 4 + 3  # three were saved
+    whole = study(monkeypatch, engine, num_replicates=6)
+    np.testing.assert_array_equal(again["ranks"]["mu"].values, whole["ranks"]["mu"].values)
+
+
+def test_whose_function_failed_is_said() -> None:
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
+    with pytest.raises(ModelError, match="quantity 'q' raised KeyError: 'nu'"):
+        pirl.calibrate(normal, DATA, quantities={"q": lambda draws, data: draws["nu"]}, **sizes)
+    with pytest.raises(ModelError, match="draw_data raised KeyError: 'nu'"):
+        pirl.calibrate(normal, DATA, draw_data=lambda truth, arguments: {"data": truth["nu"]}, **sizes)
+    with pytest.raises(OptionError, match="missing a required argument: 'data'"):
+        pirl.calibrate(normal, **sizes)
+    with pytest.raises(OptionError, match="functions by name, or a list of names"):
+        pirl.calibrate(normal, DATA, quantities="mu", **sizes)
+
+
+def test_quantities_of_replicates_sampled_at_once_are_of_their_own_data() -> None:
+    """The rank of the log-likelihood, from draws of the exact posterior, is as one by one."""
+    with Setting.of((DATA,), {}).entered():
+        study = Study(normal, Setting.of((DATA,), {}))
+        truths = [study.draw(number) for number in range(3)]
+        draws = [exact()(study.potential(t), num_chains=1, num_warmup=0, num_samples=39, seed=5) for t in truths]
+
+        def given(potentials: list[Potential], *_: Any, **__: Any) -> list[Draws]:
+            return draws
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "run_all", given)
+            found = pirl.calibrate(
+                normal, DATA, num_replicates=3, num_draws=39, num_chains=1, num_samples=39, batch=3, progress=False
+            )
+        assert found.attrs["sampler"].startswith("HMC")
+        for number, truth in enumerate(truths):
+            mu, x = constrained(draws[number]), truth.data["x"]
+            law = dist.Normal(torch.cat([truth.latent["mu"][None], mu])[:, None], SCALE)
+            log_likelihood = law.log_prob(x).sum(-1)
+            for name, value in (("mu", torch.cat([truth.latent["mu"][None], mu])), ("log_likelihood", log_likelihood)):
+                assert found["ranks"][name].values[0, number] == int((value[1:] < value[0]).sum())
+                assert found["prior"][name].values[0, number] == pytest.approx(float(value[0]), rel=1e-12)
+
+
+def constrained(draws: Draws) -> Tensor:
+    return draws.values["mu"].flatten()  # a real line is its own unconstrained space
+
+
+def test_several_quantities_are_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verdicts(study(monkeypatch, exact(width=0.8)))
+    assert len(found) == 2
+    np.testing.assert_array_equal(found["p_adjusted"], holm(found["p_value"].to_numpy()))
+    assert not found["p_adjusted"].equals(found["p_value"])
+
+
+def test_coverage_counts_whole_ranks() -> None:
+    every = np.arange(40)  # each rank once, of 39 draws
+    assert [_coverage(every, 39, level) for level in (0.5, 0.9)] == [0.5, 0.9]
+    assert [_coverage(np.array([rank]), 39, 0.9) for rank in (1, 2, 37, 38)] == [0, 1, 1, 0]
+
+
+def test_models_that_give_other_densities_at_once_are_sampled_one_by_one() -> None:
+    def turned(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = SCALE if mu.dim() == 0 else 2 * SCALE  # right shapes, wrong law
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, scale), obs=data)
+
+    with Setting.of((DATA,), {}).entered():
+        potentials, data = stacked(turned, (DATA,), 3)
+        with pytest.raises(ModelError, match="other densities"):
+            run_all(potentials, turned, data, num_chains=4, num_warmup=5, num_samples=5, seed=1)
+    for options in ({"target_accept_prob": 5.0}, {"max_leapfrogs": 0}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            pirl.calibrate(normal, DATA, num_replicates=2, progress=False, **options)
+
+
+def test_fewer_replicates_leave_the_others_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "study.ckpt"
+    whole = study(monkeypatch, exact(), num_replicates=30, checkpoint=path)
+    before = path.read_bytes()
+    few = study(monkeypatch, exact(), num_replicates=5, checkpoint=path)
+    assert path.read_bytes() == before
+    np.testing.assert_array_equal(few["ranks"]["mu"].values, whole["ranks"]["mu"].values[:, :5])
+    spoilt = study(monkeypatch, exact(shift=9.0), num_replicates=30, checkpoint=path)  # nothing is made anew
+    np.testing.assert_array_equal(spoilt["ranks"]["mu"].values, whole["ranks"]["mu"].values)
+
+
+def test_what_is_sampled_one_by_one_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, made = tmp_path / "study.ckpt", list[int]()
+    own = Study.compare
+
+    def compare(self: Study, number: int, *rest: Any) -> Any:
+        made.append(number)
+        if made == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return own(self, number, *rest)
+
+    monkeypatch.setattr(Study, "compare", compare)
+    monkeypatch.setattr(module, "run_all", lambda *_, **__: (_ for _ in ()).throw(ModelError("not at once")))
+    monkeypatch.setattr(module, "get_engine", lambda name: exact())
+    sizes: dict[str, Any] = {
+        "num_replicates": 6,
+        "num_draws": 39,
+        "num_chains": 2,
+        "checkpoint": path,
+        "progress": False,
+    }
+    monkeypatch.setattr(module, "check_options", lambda *_: None)
+    with pytest.warns(InterruptedWarning, match="after 3 replicates"):
+        pirl.calibrate(normal, DATA, **sizes)
+    assert pirl.calibrate(normal, DATA, **sizes).attrs["sampler"] == "chees"
+    assert made == [0, 1, 2, 3, 3, 4, 5]
+
+
+def test_a_full_disk_costs_no_replicates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(self: Any, arrays: Any) -> None:
+        raise CheckpointError("cannot be written: no space left")
+
+    monkeypatch.setattr("pirl.infer.checkpoint.Checkpoint.save", full)
+    with pytest.warns(CheckpointWarning, match="no space left; the study goes on"):
+        found = study(monkeypatch, exact(), num_replicates=7, checkpoint=tmp_path / "study.ckpt")
+    assert found.attrs["num_replicates"] == 7
+
+
+def test_what_is_recorded_comes_in_the_order_of_the_model() -> None:
+    """Processes, and runs that go on, agree about which number is whose."""
+
+    def model(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0), infer={"identified": False})
+        for name in ("z", "b", "y", "a"):
+            pyro.deterministic(name, mu)
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+    found = pirl.calibrate(model, DATA, engine="laplace", num_replicates=2, num_draws=9, progress=False)
+    assert list(found["ranks"].data_vars) == ["z", "b", "y", "a", "log_likelihood"]
 
 
 def test_what_is_recorded_is_ranked_where_parameters_are_not_identified() -> None:

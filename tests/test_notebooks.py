@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pirl import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -86,6 +90,27 @@ def test_a_notebook_is_text_that_jupytext_reads(notebook: Path) -> None:
     # The short form may change how long chains run, and nothing else.
     uses = [line for cell in others for line in cell.source.splitlines() if "SHORT" in line and line[0] != "#"]
     assert all("num_" in line or line.startswith("SHORT = ") for line in uses), uses
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_that_pyplot_does_not_know_end_their_cells(notebook: Path) -> None:
+    """Only there does a notebook show them."""
+    jupytext = pytest.importorskip("jupytext")
+    makers = {name for name in plots.__all__ if "Figure" in str(signature_of(name))}
+    assert {"plot_ranks", "plot_recovery"} <= makers
+    for cell in jupytext.read(notebook).cells:
+        if cell.cell_type != "code":
+            continue
+        body = ast.parse(cell.source).body
+        for number, step in enumerate(body, start=1):
+            called = step.value.func if isinstance(step, ast.Expr) and isinstance(step.value, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id in makers:
+                assert number == len(body), cell.source
+
+
+def signature_of(name: str) -> Any:
+    made = getattr(plots, name)
+    return inspect.signature(made).return_annotation if inspect.isfunction(made) else None
 
 
 def test_there_are_notebooks() -> None:

@@ -245,6 +245,8 @@ def check_names(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]]
         OptionError: labels in ``coords`` whose number is not the size of their dim, or that no dim has.
         ModelError: a dim has the name of a variable in its group, or two sizes there.
     """
+    if not isinstance(coords, Mapping):
+        raise OptionError(f"coords is a {type(coords).__name__}: give a dictionary of labels by dim")
     sizes: dict[str, set[int]] = {}
     for group, variables in groups.items():
         own: dict[str, int] = {}

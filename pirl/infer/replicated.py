@@ -25,7 +25,7 @@ from pirl.infer.chees import FIRST_LEAPFROGS
 from pirl.infer.engine import MOMENTA, Draws, own_generator, random_numbers, reseed
 from pirl.infer.ensemble import Ensemble
 from pirl.infer.hmc import Metric
-from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH
+from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, check_options
 from pirl.infer.potential import NO_DENSITY, Potential, Values, bijection, kind_of
 from pirl.infer.ranks import ALONE
 from pirl.infer.recorded import record as record_function
@@ -236,7 +236,9 @@ def run_all(
     Raises:
         ModelError: the model cannot take many data sets at once.
         NonFiniteError: no starts where all replicates have a density.
+        OptionError: an option is out of its range.
     """
+    check_options(target_accept_prob, MOST_LEAPFROGS if max_leapfrogs is None else max_leapfrogs, None)
     replicates, potential = len(potentials), potentials[0]
     dense = potential.size <= MOST_DENSE if dense_mass is None else dense_mass
     with own_generator(), pyro.validation_enabled(False):
@@ -247,7 +249,7 @@ def run_all(
         with ensemble.at_work(torch.empty(0).device):
             draws, bad = _sample(
                 ensemble, target, potentials, num_chains, num_warmup, num_samples, seed, target_accept_prob, dense,
-                max_leapfrogs or MOST_LEAPFROGS, init, told,
+                MOST_LEAPFROGS if max_leapfrogs is None else max_leapfrogs, init, told,
             )  # fmt: skip
     return [
         Draws(potential.unflatten(draws[:, :, r]), unconstrained=True, stats={"diverging": bad[:, :, r]})

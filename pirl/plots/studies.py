@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from pirl.convergence import element_names
 from pirl.errors import OptionError
 from pirl.plots.style import BLUE, ORANGE, new_figure
 from pirl.replicates import LOG_LIKELIHOOD, check_study
-from pirl.uniformity import band, shares_below
+from pirl.uniformity import band, p_values, shares_below
 
 if TYPE_CHECKING:
     import xarray
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MOST_PANELS = 24
 
 
-def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
+def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str] | None = None) -> Figure:
     """Draw how far the ranks of each test quantity are from uniform, and how far they may be.
 
     A panel a quantity: by how much the share of replicates whose truth lies below a share of the posterior exceeds that
@@ -31,9 +32,13 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
 
     Args:
         study: what :func:`pirl.calibrate` returned.
+        level: of the band.
+        names: the quantities to draw, or elements of them (``"weights"``, ``"weights[food]"``); None: all.
+
+    A notebook shows the figure where the call ends a cell; a script writes it by ``savefig``.
 
     Raises:
-        OptionError: there are more than 24 elements; name fewer quantities, as ``study[...]`` or in the model.
+        OptionError: there are more than 24 elements: give ``names=``.
 
     Example:
         >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
@@ -41,7 +46,7 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
     """
     if not 0 < level < 1:
         raise OptionError(f"level is {level}, but must be between 0 and 1")
-    ranks = _elements(study, "ranks")
+    ranks = _few(_elements(study, "ranks"), names)
     num_draws = int(study.attrs["num_draws"])
     some = next(iter(ranks.values()))
     inside = band(len(some), num_draws, 1 - (1 - level) / len(ranks))
@@ -60,7 +65,7 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95) -> Figure:
     return figure
 
 
-def plot_recovery(study: xarray.DataTree) -> Figure:
+def plot_recovery(study: xarray.DataTree, names: Sequence[str] | None = None) -> Figure:
     """Draw what the posterior says against the truth, for each parameter: mean and 90% interval a replicate.
 
     On the diagonal the truth is recovered. Orange intervals miss it, which one in ten should. What the data do not tell
@@ -68,15 +73,17 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
 
     Args:
         study: what :func:`pirl.calibrate` returned.
+        names: the quantities to draw, or elements of them; None: all.
 
     Raises:
-        OptionError: there are more than 24 elements.
+        OptionError: there are more than 24 elements: give ``names=``.
 
     Example:
         >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
         >>> plot_recovery(study).savefig("recovery.png")
     """
-    truths = {name: truth for name, truth in _elements(study, "prior").items() if name != LOG_LIKELIHOOD}
+    truths = _few(_elements(study, "prior"), names)
+    truths.pop(LOG_LIKELIHOOD, None)
     recovery = {name: _elements(study, "recovery", name) for name in ("mean", "q5", "q95")}
     figure, panels = _panels(list(truths))
     for ax, (name, truth) in zip(panels, truths.items(), strict=True):
@@ -96,6 +103,16 @@ def plot_recovery(study: xarray.DataTree) -> Figure:
     return figure
 
 
+def least_uniform(study: xarray.DataTree) -> list[str]:
+    """The names of as many elements as there are panels for, those with the smallest p-values, in their order."""
+    every = _elements(study, "ranks")
+    if len(every) <= MOST_PANELS:
+        return list(every)
+    p = {name: p_values(rank.astype(int), int(study.attrs["num_draws"])) for name, rank in every.items()}
+    kept = set(sorted(p, key=lambda name: float(p[name]))[:MOST_PANELS])
+    return [name for name in every if name in kept]
+
+
 def _elements(study: xarray.DataTree, group: str, summary: str | None = None) -> dict[str, Float[np.ndarray, " R"]]:
     """Each element of each quantity by its name, of the replicates that did not fail."""
     check_study(study)
@@ -105,11 +122,22 @@ def _elements(study: xarray.DataTree, group: str, summary: str | None = None) ->
         chosen = data if summary is None else data.sel(summary=summary)
         values = chosen.values[0][lived].reshape(int(lived.sum()), -1)
         found |= dict(zip(element_names(chosen), values.T, strict=True))
-    if len(found) > MOST_PANELS:
-        raise OptionError(
-            f"there are {len(found)} elements for {MOST_PANELS} panels at most: see pirl.verdicts instead"
-        )
     return found
+
+
+def _few(elements: dict[str, np.ndarray], names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Those that are to be drawn, as many as there is room for."""
+    if names is not None:
+        names = [names] if isinstance(names, str) else list(names)
+        known = {name: [key for key in elements if name in (key, key.partition("[")[0])] for name in names}
+        if unknown := [name for name, keys in known.items() if not keys]:
+            raise OptionError(f"names has {unknown[0]!r}, which is not in the study: it has {', '.join(elements)}")
+        elements = {key: elements[key] for keys in known.values() for key in keys}
+    if len(elements) > MOST_PANELS:
+        raise OptionError(
+            f"there are {len(elements)} elements for {MOST_PANELS} panels at most: give names=, or see pirl.verdicts"
+        )
+    return elements
 
 
 def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
