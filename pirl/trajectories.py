@@ -100,7 +100,8 @@ class Trajectories:
                 "ends must be 'truncated', 'terminated' or 'horizon', one for all or one for each episode"
             )
         self.horizons = self._own_horizons(None if horizons is None else _column(horizons, actions, "horizons"))
-        self.limits = self._watched(None if limits is None else _column(limits, actions, "limits"))
+        self.given_limits: Tensor | None = None if limits is None else _column(limits, actions, "limits")
+        self._check_limits()
         self.subjects = None if subjects is None else _column(subjects, actions, "subjects")
         self.subject_names = None if subject_names is None else tuple(str(x) for x in subject_names)
         slots = max(int(self.lengths.max()), 0) + 1
@@ -133,19 +134,14 @@ class Trajectories:
             )
         return own if bool((own >= 0).any()) else None
 
-    def _watched(self, given: Tensor | None) -> Tensor:
-        if given is not None:
-            if bool((given < self.lengths).any()):
-                episode = int((given < self.lengths).nonzero()[0])
-                raise InvalidTrajectoriesError(
-                    f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its limit "
-                    f"{int(given[episode])}"
-                )
-            return given
-        terminated = torch.tensor([end == "terminated" for end in self.ends], device=self.lengths.device)
-        room = (_ROOM_TO_END * self.lengths.max()).expand_as(self.lengths)
-        room = room if self.horizons is None else torch.where(self.horizons >= 0, self.horizons, room)
-        return torch.where(terminated, room, self.lengths)
+    def _check_limits(self) -> None:
+        short = self.limits < self.lengths
+        if bool(short.any()):
+            episode = int(short.nonzero()[0])
+            raise InvalidTrajectoriesError(
+                f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its limit "
+                f"{int(self.limits[episode])}"
+            )
 
     def _last(self, table: Tensor) -> Tensor:
         return table.gather(1, self.lengths[:, None, None].expand(-1, 1, 2))[:, 0, 0]
@@ -168,6 +164,19 @@ class Trajectories:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.lengths.device
+
+    @property
+    def limits(self) -> Int[Tensor, " N"]:
+        """For how many decisions each episode would have been watched: as given, or from lengths, ends and horizons.
+
+        Derived when asked for, so that a subset's are those of the same episodes by themselves.
+        """
+        if self.given_limits is not None:
+            return self.given_limits
+        terminated = torch.tensor([end == "terminated" for end in self.ends], device=self.lengths.device)
+        room = (_ROOM_TO_END * self.lengths.max()).expand_as(self.lengths)
+        room = room if self.horizons is None else torch.where(self.horizons >= 0, self.horizons, room)
+        return torch.where(terminated, room, self.lengths)
 
     def as_tensor(self) -> Int[Tensor, "N slots 2"] | None:
         """(state, action) of every step; (s, -1) is a last state without action, (-1, -1) padding.
@@ -199,7 +208,7 @@ class Trajectories:
         How long an episode was is an outcome where it ended in a terminal state; what was given is for how long it
         would have been watched. So the lengths of unobserved episodes are the limits of the observed ones.
         """
-        return self._with(_table=None, lengths=self.limits)
+        return self._with(_table=None, lengths=self.limits, given_limits=self.limits)
 
     def __getitem__(self, index: Any) -> Trajectories:
         """A subset of the episodes: a slice, a mask, or a list of numbers; an empty one warns, and is a blank one."""
@@ -214,7 +223,7 @@ class Trajectories:
             lengths=self.lengths[index],
             ends=tuple(self.ends[i] for i in index.tolist()),
             horizons=pick(self.horizons),
-            limits=self.limits[index],
+            given_limits=pick(self.given_limits),
             subjects=pick(self.subjects),
             starts=self.starts[index],
             _table=None
@@ -227,7 +236,7 @@ class Trajectories:
         if device is None or torch.device(device) == self.lengths.device:
             return self
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        names = ("lengths", "horizons", "limits", "subjects", "starts", "_table")
+        names = ("lengths", "horizons", "given_limits", "subjects", "starts", "_table")
         return self._with(**{name: move(getattr(self, name)) for name in names})
 
     def _with(self, **changes: Any) -> Trajectories:

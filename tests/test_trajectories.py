@@ -128,6 +128,15 @@ def test_a_subset_is_what_those_episodes_alone_would_be(index: Any, chosen: list
     assert subset.ends == alone.ends and subset.starts.equal(alone.starts)
     assert subset.lengths.equal(alone.lengths) and subset.subjects.equal(alone.subjects)
     assert subset.horizons.tolist() == [[5, -1, -1][i] for i in chosen]
+    assert subset.limits.equal(alone.limits) and subset.unobserved().lengths.equal(alone.unobserved().lengths)
+
+
+def test_limits_that_were_given_stay() -> None:
+    demos = ragged(ends=["truncated", "truncated", "terminated"], limits=[7, 8, 9])
+    for other in (demos[1:], demos.unobserved()[1:], pickle.loads(pickle.dumps(demos))[1:]):
+        assert other.limits.tolist() == other.unobserved().lengths.tolist() == [8, 9]
+    with pytest.raises(InvalidTrajectoriesError, match="trajectory 1 has 3 decisions, more than its limit 2"):
+        ragged(limits=[7, 2, 9])
 
 
 @pytest.mark.parametrize("index", [slice(0), [], torch.zeros(3, dtype=torch.bool)])
