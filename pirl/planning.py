@@ -16,6 +16,7 @@ from pirl.errors import (
     InvalidPolicyError,
     InvalidRewardError,
     NotUnichainError,
+    OptionError,
 )
 from pirl.soft_values import chain_first
 from pirl.transitions import Dynamics, scatter_max, solve_system
@@ -278,6 +279,7 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
     Raises:
         InvalidRewardError: wrong shape, or NaN or infinite.
         DiscountError: p(tau) exp(sum r) knows no discount, and the MDP's is below 1.
+        OptionError: ``max_length`` is not a positive whole number, or given beside a horizon.
         HorizonError: no trajectory of at most ``max_length`` decisions is the most likely one.
         DivergenceError: a cycle of positive weight: longer is always likelier.
 
@@ -293,6 +295,11 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
             "use mdp.replace(discount=1.0), with a horizon or terminal states"
         )
     base = r + mdp.log_prior.unsqueeze(-1)
+    if max_length is not None:
+        if mdp.horizon is not None:
+            raise OptionError(f"max_length is for problems without a horizon, and this one has {mdp.horizon}: leave it out")
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise OptionError(f"max_length is {max_length!r}; it must be a whole number of decisions, at least 1")
     steps = mdp.horizon or max_length or r.shape[0]
     value, plan = _max_product(mdp, base)
     first = mdp.initial.log().unsqueeze(-1) + value

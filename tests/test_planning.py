@@ -17,6 +17,7 @@ from pirl.errors import (
     HorizonError,
     InvalidPolicyError,
     NotUnichainError,
+    OptionError,
     UnboundedProblemError,
 )
 from pirl.mdp import TabularMDP
@@ -399,6 +400,11 @@ def test_the_most_likely_trajectory_knows_no_discount_and_says_when_it_is_cut_sh
     assert written(most_likely_trajectory(mdp, -torch.ones(5, 1).double()))[-1] == [4, -1]
     with pytest.raises(HorizonError, match="max_length=3"):
         most_likely_trajectory(mdp, -torch.ones(5, 1).double(), max_length=3)
+    for wrong in (0, -1):
+        with pytest.raises(OptionError, match=f"max_length is {wrong}; it must be a whole number"):
+            most_likely_trajectory(mdp, -torch.ones(5, 1).double(), max_length=wrong)
+    with pytest.raises(OptionError, match="max_length is for problems without a horizon, and this one has 6"):
+        most_likely_trajectory(mdp.replace(horizon=6), -torch.ones(5, 1).double(), max_length=3)
 
 
 # ------------------------------------------------------------------------------------------------ the long run
