@@ -38,8 +38,8 @@ class TabularMDP:
         initial: p(s_1) ``[S]``, or one state's number.
         discount: g in [0, 1]. The trajectory reading of exp(r) needs 1, or explicit geometric stopping.
         horizon: number of decisions of an episode, or None for an unbounded one.
-        terminal: ``[S]`` mask (or list of state numbers, or one) where episodes end. On entry a terminal state takes one
-            forced no-op, action 0, collects r(s, 0) once, and is worth nothing after.
+        terminal: ``[S]`` mask (or state numbers, or one) where episodes end. On entry a terminal state takes one forced
+            no-op, action 0, collects r(s, 0) once, and is worth nothing after.
         available: ``[S, A]`` mask of the actions that can be taken; all by default.
         action_prior: base measure p(a|s): "uniform" over the available actions, "counting" (weight 1 each), or a
             tensor ``[S, A]``.

@@ -297,7 +297,9 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
     base = r + mdp.log_prior.unsqueeze(-1)
     if max_length is not None:
         if mdp.horizon is not None:
-            raise OptionError(f"max_length is for problems without a horizon, and this one has {mdp.horizon}: leave it out")
+            raise OptionError(
+                f"max_length is for problems without a horizon, and this one has {mdp.horizon}: leave it out"
+            )
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise OptionError(f"max_length is {max_length!r}; it must be a whole number of decisions, at least 1")
     steps = mdp.horizon or max_length or r.shape[0]

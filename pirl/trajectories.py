@@ -342,7 +342,9 @@ class Trajectories:
         first = [0, *((~same).nonzero()[0] + 1).tolist()] if len(rows) else []
         names_of = list(zip(*(rows[name].iloc[first].tolist() for name in keys), strict=True))
         if twice.any():
-            raise InvalidTrajectoriesError(f"episode {names_of[number[twice.argmax()]]} has two rows with the same {t!r}")
+            raise InvalidTrajectoriesError(
+                f"episode {names_of[number[twice.argmax()]]} has two rows with the same {t!r}"
+            )
         if rows[t].dtype.kind in "iu":
             at = rows[t].to_numpy("int64")
             gap = same & (at[1:] - at[:-1] != 1)

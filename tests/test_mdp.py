@@ -210,8 +210,8 @@ def test_what_was_given_may_be_written_to_afterwards(convert: Any) -> None:
     kept = {name: x.clone() for name, x in given.items()}
     for x in given.values():
         x.zero_() if x.any() else x.fill_(True)
-    for copy in (mdp, mdp.replace(horizon=3)):
-        assert all(getattr(copy, name).equal(x) for name, x in kept.items())
+    for other in (mdp, mdp.replace(horizon=3)):
+        assert all(getattr(other, name).equal(x) for name, x in kept.items())
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
