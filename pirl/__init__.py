@@ -5,6 +5,10 @@ posterior. pirl is the vocabulary (decision problems, trajectories, their distri
 model is the sentence written with it.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+
 from pirl.calibrate import calibrate
 from pirl.compare import compare
 from pirl.continuous import ContinuousTrajectories
@@ -54,3 +58,19 @@ __all__ = [
     "tabular_reward",
     "verdicts",
 ]
+
+
+def _rooms() -> set[str]:
+    return {room.name for room in iter_modules(__path__) if not room.name.startswith("_")}
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A room by its name, imported when first asked for: ``pirl.plots`` brings matplotlib, and ``pirl`` must not."""
+    if name.startswith("_") or name not in _rooms():
+        raise AttributeError(f"module 'pirl' has no attribute {name!r}")
+    return import_module(f"pirl.{name}")
+
+
+def __dir__() -> list[str]:
+    # What needs an extra can be asked for, but is not there for whoever looks at everything, as help(pirl) does.
+    return sorted({*globals(), *_rooms()} - {"stable_baselines"})

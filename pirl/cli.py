@@ -154,8 +154,17 @@ def fit_command(
 
 @app.command("summary")
 def summary_command(posterior: PosteriorPath) -> None:
-    """Print the table of a posterior file: estimates, how far to trust them, and reference values beside."""
-    print_summary(read_posterior(posterior))
+    """Print the table of a posterior file: estimates, how far to trust them, and reference values beside.
+
+    Of a study that `pirl calibrate --out` wrote, print its verdicts again.
+    """
+    tree = _read(posterior)
+    if _is_study(tree):
+        from pirl.verdicts import print_verdicts
+
+        print_verdicts(tree)
+    else:
+        print_summary(_checked(tree, posterior))
 
 
 @app.command("diagnose")
@@ -397,6 +406,10 @@ def read_posterior(path: Path) -> xarray.DataTree:
     Raises:
         PosteriorFileError: there is no such file, or it is not one that pirl wrote.
     """
+    return _checked(_read(path), path)
+
+
+def _read(path: Path) -> xarray.DataTree:
     import xarray
 
     if not path.is_file():
@@ -404,11 +417,23 @@ def read_posterior(path: Path) -> xarray.DataTree:
     try:
         _check_seal(path)
         with xarray.open_datatree(path, engine="h5netcdf") as tree:
-            posterior = tree.load()
+            return tree.load()
     except Exception:  # whatever the parts of HDF5 and xarray say of what is damaged
         raise PosteriorFileError(
             f"{path} is damaged, or not a netCDF file: give one that `pirl fit --out` wrote"
         ) from None
+
+
+def _is_study(tree: xarray.DataTree) -> bool:
+    return tree.attrs.get("inference_library") == "pirl" and {"ranks", "recovery"} <= set(tree.children)
+
+
+def _checked(posterior: xarray.DataTree, path: Path) -> xarray.DataTree:
+    if _is_study(posterior):
+        raise PosteriorFileError(
+            f"{path} is a study of `pirl calibrate`, not a posterior: `pirl summary` prints its verdicts, "
+            "`pirl calibrate --plot` and pirl.plots.plot_ranks draw it"
+        )
     if posterior.attrs.get("inference_library") != "pirl" or "posterior" not in posterior.children:
         raise PosteriorFileError(f"{path} is not a posterior of pirl: give one that `pirl fit --out` wrote")
     return posterior

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -37,8 +38,8 @@ class TabularMDP:
         initial: p(s_1) ``[S]``, or one state's number.
         discount: g in [0, 1]. The trajectory reading of exp(r) needs 1, or explicit geometric stopping.
         horizon: number of decisions of an episode, or None for an unbounded one.
-        terminal: ``[S]`` mask (or list of state numbers) where episodes end. On entry a terminal state takes one
-            forced no-op, action 0, collects r(s, 0) once, and is worth nothing after.
+        terminal: ``[S]`` mask (or state numbers, or one) where episodes end. On entry a terminal state takes one forced
+            no-op, action 0, collects r(s, 0) once, and is worth nothing after.
         available: ``[S, A]`` mask of the actions that can be taken; all by default.
         action_prior: base measure p(a|s): "uniform" over the available actions, "counting" (weight 1 each), or a
             tensor ``[S, A]``.
@@ -83,6 +84,8 @@ class TabularMDP:
         action_names: Sequence[str] | None = None,
     ) -> None:
         transition = _floating(transition, "transition")
+        if transition.layout == torch.strided:  # a copy, as of every table: whoever gave it may go on writing to it
+            transition = transition.clone()
         if transition.layout == torch.sparse_csr:  # one sparse form inside; a CSR tensor also warns when unpickled
             transition = transition.to_sparse_coo()
         states, actions = _table_shape(transition)
@@ -103,7 +106,8 @@ class TabularMDP:
             raise InvalidMDPError(
                 f"state {int(without.nonzero()[0])} has no available action; make it terminal or allow one"
             )
-        self.__dict__.update(_given_prior=action_prior, action_prior=self._validated_prior(action_prior))
+        prior = self._validated_prior(action_prior)
+        self.__dict__.update(_given_prior=action_prior if isinstance(action_prior, str) else prior, action_prior=prior)
         self._validate_rows()
         if self.horizon is None and self.discount == 1.0:
             self._require_absorption()
@@ -301,7 +305,7 @@ class TabularMDP:
                 f"action_prior[{state}] sums to {float(total[state]):.9g} over the available actions, not 1 "
                 "(use 'counting' for the counting measure)"
             )
-        return prior
+        return prior.clone()
 
     def _validate_rows(self) -> None:
         row, _, value = self._entries
@@ -390,8 +394,12 @@ def _table_shape(transition: Tensor) -> tuple[int, int]:
 def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Tensor) -> Tensor:
     if mask is None:
         return torch.full(shape, default, dtype=torch.bool, device=like.device)
-    mask = torch.as_tensor(mask, device=like.device)
+    try:
+        mask = torch.as_tensor(mask, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidMDPError(f"{name} cannot be read as a tensor: {error}") from None
     mask = mask if mask.numel() else mask.long()  # an empty list of state numbers
+    mask = mask if mask.dim() or mask.dtype == torch.bool else mask.reshape(1)  # one state's number
     if mask.dtype != torch.bool and len(shape) == 1 and not mask.is_floating_point():  # a list of state numbers
         wrong = mask[(mask < 0) | (mask >= shape[0])]
         if wrong.numel():
@@ -401,7 +409,7 @@ def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Ten
         return torch.zeros(shape, dtype=torch.bool, device=like.device).index_fill(0, mask.reshape(-1).long(), True)
     if mask.shape != shape or mask.dtype != torch.bool:
         raise InvalidMDPError(f"{name} is {mask.dtype} {tuple(mask.shape)}; expected a boolean mask of shape {shape}")
-    return mask
+    return mask.clone()
 
 
 def _initial(initial: Any, states: int, like: Tensor) -> Tensor:
@@ -418,7 +426,7 @@ def _initial(initial: Any, states: int, like: Tensor) -> Tensor:
     _require_finite(tensor, "initial")
     if abs(float(tensor.sum()) - 1) > _tolerance(tensor.dtype):
         raise InvalidMDPError(f"initial sums to {float(tensor.sum()):.9g}, not 1 (within 1e-8)")
-    return tensor
+    return tensor.clone()
 
 
 def _names(names: Sequence[str] | None, count: int, what: str) -> tuple[str, ...] | None:
@@ -428,7 +436,10 @@ def _names(names: Sequence[str] | None, count: int, what: str) -> tuple[str, ...
 
 
 def _discount(discount: Any) -> float:
-    discount = float(discount)
+    try:
+        discount = float(discount)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidMDPError(f"discount is {discount!r}; it must be a number in [0, 1]") from None
     if not 0 <= discount <= 1:
         raise InvalidMDPError(f"discount is {discount}; it must lie in [0, 1]")
     return discount
@@ -437,6 +448,10 @@ def _discount(discount: Any) -> float:
 def _horizon(horizon: Any) -> int | None:
     if horizon is None:
         return None
-    if isinstance(horizon, bool) or not float(horizon).is_integer() or horizon < 1:
-        raise InvalidMDPError(f"horizon is {horizon}; it must be a whole number of decisions, at least 1, or None")
+    try:
+        number = math.nan if isinstance(horizon, bool | str) else float(horizon)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not number.is_integer() or number < 1:
+        raise InvalidMDPError(f"horizon is {horizon!r}; it must be a whole number of decisions, at least 1, or None")
     return int(horizon)

@@ -16,6 +16,7 @@ from pirl.errors import (
     InvalidPolicyError,
     InvalidRewardError,
     NotUnichainError,
+    OptionError,
 )
 from pirl.soft_values import chain_first
 from pirl.transitions import Dynamics, scatter_max, solve_system
@@ -178,7 +179,7 @@ def _evaluate(mdp: Dynamics, policy: Float[Tensor, "S A C"], r: Float[Tensor, "S
     return solve_system(mdp.transitions, weight, torch.where(policy > 0, policy * r, 0.0).sum(1))
 
 
-def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
+def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor, *, timed: bool | None = None) -> Tensor:
     """Expected return of a policy from each state: ``[*batch, S]``, or ``[*batch, T, S]`` by time when the horizon is
     finite.
 
@@ -186,9 +187,11 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
         policy: pi(a|s) ``[*batch, S, A]``, or ``[*batch, T, S, A]`` by time (finite horizon T only: a dimension of
             that size there is time). At terminal states it is ignored.
         reward: r(s) or r(s,a), ``[*batch, S, A]``; batch dimensions broadcast against the policy's.
+        timed: whether the policy is one by time; by default its shape tells.
 
     Raises:
-        InvalidPolicyError: rows that do not sum to 1, weight on actions that are not available, wrong shape.
+        InvalidPolicyError: rows that do not sum to 1, weight on actions that are not available, wrong shape; or T
+            policies for T rewards, which may be one policy by time, without ``timed``.
         DivergenceError: discount 1 and the policy never ends.
 
     Example:
@@ -198,7 +201,18 @@ def policy_value(mdp: Dynamics, policy: Tensor, reward: Tensor) -> Tensor:
         tensor([0.5000, 1.0000, 2.0000], dtype=torch.float64)
     """
     reward = _finite_reward(mdp, reward)
-    timed = mdp.horizon is not None and policy.dim() >= 3 and policy.shape[-3] == mdp.horizon
+    fits = mdp.horizon is not None and policy.dim() >= 3 and policy.shape[-3] == mdp.horizon
+    if timed is None:
+        timed = fits
+        if fits and policy.shape[:-2] == reward.shape[:-2]:
+            raise InvalidPolicyError(
+                f"policy {tuple(policy.shape)} may be by time, or a stationary one for each of {mdp.horizon} rewards: "
+                "say timed=True or timed=False"
+            )
+    elif timed and not fits:
+        raise InvalidPolicyError(
+            f"policy {tuple(policy.shape)} is not by time: that is [*batch, T, S, A], T being the horizon {mdp.horizon}"
+        )
     policy = _checked_policy(mdp, policy)
     event = 3 if timed else 2
     batch = torch.broadcast_shapes(reward.shape[:-2], policy.shape[:-event])
@@ -278,6 +292,7 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
     Raises:
         InvalidRewardError: wrong shape, or NaN or infinite.
         DiscountError: p(tau) exp(sum r) knows no discount, and the MDP's is below 1.
+        OptionError: ``max_length`` is not a positive whole number, or given beside a horizon.
         HorizonError: no trajectory of at most ``max_length`` decisions is the most likely one.
         DivergenceError: a cycle of positive weight: longer is always likelier.
 
@@ -293,6 +308,13 @@ def most_likely_trajectory(mdp: Dynamics, reward: Tensor, *, max_length: int | N
             "use mdp.replace(discount=1.0), with a horizon or terminal states"
         )
     base = r + mdp.log_prior.unsqueeze(-1)
+    if max_length is not None:
+        if mdp.horizon is not None:
+            raise OptionError(
+                f"max_length is for problems without a horizon, and this one has {mdp.horizon}: leave it out"
+            )
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+            raise OptionError(f"max_length is {max_length!r}; it must be a whole number of decisions, at least 1")
     steps = mdp.horizon or max_length or r.shape[0]
     value, plan = _max_product(mdp, base)
     first = mdp.initial.log().unsqueeze(-1) + value

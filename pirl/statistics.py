@@ -316,6 +316,8 @@ def _sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) 
 
 def memoised(memo: dict[Any, Any], key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], compute: Any) -> Any:
     """``compute()``, remembered for as long as the very same tensors, unchanged, are asked about again."""
+    if any(x is not None and x.is_inference() for x in tensors):  # nothing tells whether those were changed since
+        return compute()
     table = memo.setdefault("statistics", {})
     full = (*key, *(None if x is None else (id(x), x._version) for x in tensors))
     held = table.get(full)

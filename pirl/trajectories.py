@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,9 +101,11 @@ class Trajectories:
                 "ends must be 'truncated', 'terminated' or 'horizon', one for all or one for each episode"
             )
         self.horizons = self._own_horizons(None if horizons is None else _column(horizons, actions, "horizons"))
-        self.limits = self._watched(None if limits is None else _column(limits, actions, "limits"))
+        self.given_limits: Tensor | None = None if limits is None else _column(limits, actions, "limits")
+        self._check_limits()
         self.subjects = None if subjects is None else _column(subjects, actions, "subjects")
         self.subject_names = None if subject_names is None else tuple(str(x) for x in subject_names)
+        self._check_subjects()
         slots = max(int(self.lengths.max()), 0) + 1
         step = torch.arange(slots, device=actions.device)
         table = torch.full((count, slots, 2), -1, device=actions.device)
@@ -133,19 +136,27 @@ class Trajectories:
             )
         return own if bool((own >= 0).any()) else None
 
-    def _watched(self, given: Tensor | None) -> Tensor:
-        if given is not None:
-            if bool((given < self.lengths).any()):
-                episode = int((given < self.lengths).nonzero()[0])
-                raise InvalidTrajectoriesError(
-                    f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its limit "
-                    f"{int(given[episode])}"
-                )
-            return given
-        terminated = torch.tensor([end == "terminated" for end in self.ends], device=self.lengths.device)
-        room = (_ROOM_TO_END * self.lengths.max()).expand_as(self.lengths)
-        room = room if self.horizons is None else torch.where(self.horizons >= 0, self.horizons, room)
-        return torch.where(terminated, room, self.lengths)
+    def _check_limits(self) -> None:
+        short = self.limits < self.lengths
+        if bool(short.any()):
+            episode = int(short.nonzero()[0])
+            raise InvalidTrajectoriesError(
+                f"trajectory {episode} has {int(self.lengths[episode])} decisions, more than its limit "
+                f"{int(self.limits[episode])}"
+            )
+
+    def _check_subjects(self) -> None:
+        if self.subjects is None:
+            return
+        wrong = self.subjects < 0
+        if self.subject_names is not None:
+            wrong = wrong | (self.subjects >= len(self.subject_names))
+        if bool(wrong.any()):
+            episode = int(wrong.nonzero()[0])
+            count = "1, ..." if self.subject_names is None else f"... for {len(self.subject_names)} subject_names"
+            raise InvalidTrajectoriesError(
+                f"trajectory {episode} has subject {int(self.subjects[episode])}: subjects are numbered 0, {count}"
+            )
 
     def _last(self, table: Tensor) -> Tensor:
         return table.gather(1, self.lengths[:, None, None].expand(-1, 1, 2))[:, 0, 0]
@@ -168,6 +179,19 @@ class Trajectories:
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.lengths.device
+
+    @property
+    def limits(self) -> Int[Tensor, " N"]:
+        """For how many decisions each episode would have been watched: as given, or from lengths, ends and horizons.
+
+        Derived when asked for, so that a subset's are those of the same episodes by themselves.
+        """
+        if self.given_limits is not None:
+            return self.given_limits
+        terminated = torch.tensor([end == "terminated" for end in self.ends], device=self.lengths.device)
+        room = (_ROOM_TO_END * self.lengths.max()).expand_as(self.lengths)
+        room = room if self.horizons is None else torch.where(self.horizons >= 0, self.horizons, room)
+        return torch.where(terminated, room, self.lengths)
 
     def as_tensor(self) -> Int[Tensor, "N slots 2"] | None:
         """(state, action) of every step; (s, -1) is a last state without action, (-1, -1) padding.
@@ -199,7 +223,7 @@ class Trajectories:
         How long an episode was is an outcome where it ended in a terminal state; what was given is for how long it
         would have been watched. So the lengths of unobserved episodes are the limits of the observed ones.
         """
-        return self._with(_table=None, lengths=self.limits)
+        return self._with(_table=None, lengths=self.limits, given_limits=self.limits)
 
     def __getitem__(self, index: Any) -> Trajectories:
         """A subset of the episodes: a slice, a mask, or a list of numbers; an empty one warns, and is a blank one."""
@@ -214,7 +238,7 @@ class Trajectories:
             lengths=self.lengths[index],
             ends=tuple(self.ends[i] for i in index.tolist()),
             horizons=pick(self.horizons),
-            limits=self.limits[index],
+            given_limits=pick(self.given_limits),
             subjects=pick(self.subjects),
             starts=self.starts[index],
             _table=None
@@ -227,7 +251,7 @@ class Trajectories:
         if device is None or torch.device(device) == self.lengths.device:
             return self
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        names = ("lengths", "horizons", "limits", "subjects", "starts", "_table")
+        names = ("lengths", "horizons", "given_limits", "subjects", "starts", "_table")
         return self._with(**{name: move(getattr(self, name)) for name in names})
 
     def _with(self, **changes: Any) -> Trajectories:
@@ -303,31 +327,46 @@ class Trajectories:
                 raise InvalidTrajectoriesError(
                     f"column {name!r} has text ({text!r}): number it first, as data[{name!r}].map({{{text!r}: 0, ...}})"
                 )
+        # On whole columns: pandas is slow by the episode.
         try:
-            groups = [(key, rows.sort_values(t)) for key, rows in data.groupby(keys, sort=True, observed=True)]
-            twice = [key for key, rows in groups if rows[t].duplicated().any()]
+            number = data.groupby(keys, sort=True, observed=True).ngroup().to_numpy()
+            by_time = data[t].reset_index(drop=True).sort_values(kind="stable").index.to_numpy()
+            order = by_time[number[by_time].argsort(kind="stable")]
+            rows, number = data.iloc[order], number[order]
+            twice = rows[[t]].set_axis(["t"], axis=1).assign(number=number).duplicated().to_numpy()
         except TypeError as error:
             raise InvalidTrajectoriesError(
                 f"columns {', '.join(map(str, (*keys, t)))} cannot be put in order: {error}"
             ) from None
-        if twice:
-            raise InvalidTrajectoriesError(f"episode {twice[0]} has two rows with the same {t!r}")
-        states, actions, owners = [], [], []
-        for key, rows in groups:
-            if rows[t].dtype.kind in "iu" and (rows[t].diff().iloc[1:] != 1).any():
-                place = int((rows[t].diff().iloc[1:] != 1).to_numpy().argmax())
+        same = number[1:] == number[:-1]  # as the row before
+        first = [0, *((~same).nonzero()[0] + 1).tolist()] if len(rows) else []
+        names_of = list(zip(*(rows[name].iloc[first].tolist() for name in keys), strict=True))
+        if twice.any():
+            raise InvalidTrajectoriesError(
+                f"episode {names_of[number[twice.argmax()]]} has two rows with the same {t!r}"
+            )
+        if rows[t].dtype.kind in "iu":
+            at = rows[t].to_numpy("int64")
+            gap = same & (at[1:] - at[:-1] != 1)
+            if gap.any():
+                place = int(gap.argmax())
                 raise InvalidTrajectoriesError(
-                    f"episode {key} goes from {t!r} = {rows[t].iloc[place]} to {rows[t].iloc[place + 1]}: "
+                    f"episode {names_of[number[place]]} goes from {t!r} = {at[place]} to {at[place + 1]}: "
                     "split it there, or number its decisions 0, 1, 2, ..."
                 )
-            missing = rows[action].isna()
-            if missing.iloc[:-1].any():
-                raise InvalidTrajectoriesError(f"episode {key} has a missing action before its last row")
-            states.append(rows[state].tolist())
-            actions.append(rows[action][~missing].tolist())
-            owners.append(key[0])
-        names = sorted(set(owners), key=owners.index) if has_subject else None
-        subjects = None if names is None else [names.index(x) for x in owners]
+        missing = rows[action].isna().to_numpy()
+        early = missing[:-1] & same
+        if early.any():
+            raise InvalidTrajectoriesError(
+                f"episode {names_of[number[early.argmax()]]} has a missing action before its last row"
+            )
+        visited, acted = rows[state].tolist(), rows[action].tolist()
+        spans = list(itertools.pairwise([*first, len(rows)]))
+        states = [visited[begin:end] for begin, end in spans]
+        actions = [acted[begin : end - int(missing[end - 1])] for begin, end in spans]
+        names = list(dict.fromkeys(name[0] for name in names_of)) if has_subject else None
+        numbers = {name: i for i, name in enumerate(names or ())}
+        subjects = [numbers[name[0]] for name in names_of] if has_subject else None
         return cls(states, actions, ends=ends, subjects=subjects, subject_names=names)
 
     @classmethod

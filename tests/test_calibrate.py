@@ -744,6 +744,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert call(str(path), "--replicates", "40", *files) == 0
     told = capsys.readouterr().out
     assert "Calibrated, as far as 40 replicates can tell" in told and all(Path(name).is_file() for name in names)
+    with pytest.raises(SystemExit) as done:
+        app(["summary", names[0]], prog_name="pirl")
+    assert not done.value.code and told == capsys.readouterr().out + "".join(f"wrote {name}\n" for name in names)
+    for command in ("plot", "diagnose"):
+        with pytest.raises(SystemExit) as done:
+            app([command, names[0]], prog_name="pirl")
+        assert done.value.code == 2 and "`pirl summary` prints its verdicts" in capsys.readouterr().err
     monkeypatch.setattr(module, "get_engine", lambda name: exact(width=0.3))
     assert call(str(path), "--replicates", "40") == 1
     assert "Not calibrated: mu (posterior too narrow)" in capsys.readouterr().out

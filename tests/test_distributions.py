@@ -351,6 +351,23 @@ def test_counts_are_remembered_by_identity_and_forgotten_after_a_change() -> Non
     torch.testing.assert_close(MaxCausalEntTrajectory(copy, reward).log_prob(value), after)
 
 
+@pytest.mark.parametrize("cls", READINGS)
+def test_scores_are_the_same_in_inference_mode(cls: type[TabularTrajectory]) -> None:
+    mdp, reward = make()
+    demos = simulated(mdp, reward, [3, 1])
+    score = cls(mdp, reward).log_prob(demos.as_tensor())
+    with torch.inference_mode():
+        inside = Trajectories(demos.states.clone(), demos.actions.clone())
+        assert inside.as_tensor().is_inference()
+        for own in (inside, inside, demos):
+            found = cls(mdp, reward, lengths=own.lengths).log_prob(own.as_tensor())
+            torch.testing.assert_close(found, score, rtol=1e-12, atol=1e-12)
+        # Such a tensor counts no changes, so nothing is remembered of it.
+        inside.as_tensor()[1, 1, 0] = -1
+        changed = cls(mdp, reward, lengths=inside.lengths).log_prob(inside.as_tensor())
+    assert changed[1] != score[1] and changed[0] == score[0]
+
+
 def test_the_memory_of_counts_does_not_grow() -> None:
     mdp, reward = make()
     for seed in range(30):

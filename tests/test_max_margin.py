@@ -309,6 +309,17 @@ def test_too_few_iterations_warn() -> None:
     assert not found.attrs["converged"] and found.attrs["iterations"] == 2
 
 
+def test_a_softmax_in_float32_is_a_first_policy() -> None:
+    mdp = envs.gridworld(3, 3, discount=0.9).to(dtype=torch.float32)
+    demos, eye = Trajectories(states=[[0, 1]], actions=[[3]]), torch.eye(9)
+    policy = torch.softmax(normal(9, 5).float(), -1)
+    assert (policy.sum(-1) - 1).abs().max() > 1e-8
+    found = max_margin(demos, mdp, eye, initial_policy=policy, method="projection", epsilon=0.5)
+    assert found.log_policy.dtype == torch.float32
+    with pytest.raises(InvalidPolicyError, match="initial_policy is not a distribution"):
+        max_margin(demos, mdp, eye, initial_policy=policy * (1 + 1e-4))
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 

@@ -105,6 +105,11 @@ def test_ends_are_numbers_or_a_mask(ends: Any) -> None:
     assert not TabularMDP(TABLE, 0, terminal=[], horizon=1).terminal.any()
 
 
+@pytest.mark.parametrize("end", [2, np.int64(2), torch.tensor(2), np.array(2)])
+def test_one_end_may_be_a_number_as_a_start_may(end: Any) -> None:
+    assert TabularMDP(TABLE, 0, terminal=end, horizon=1).terminal.tolist() == [False, False, True, False]
+
+
 # ------------------------------------------------------------------------------------------------ reachable states
 
 
@@ -194,6 +199,21 @@ def test_a_problem_does_not_change() -> None:
     assert mdp.horizon == 3
 
 
+@pytest.mark.parametrize("convert", [lambda x: x, lambda x: x.numpy()])
+def test_what_was_given_may_be_written_to_afterwards(convert: Any) -> None:
+    given = {
+        "transition": TABLE.clone(), "initial": torch.tensor([1.0, 0, 0, 0]).double(),
+        "terminal": torch.zeros(4, dtype=torch.bool), "available": torch.ones(4, 3, dtype=torch.bool),
+        "action_prior": torch.full((4, 3), 1 / 3, dtype=torch.float64),
+    }  # fmt: skip
+    mdp = TabularMDP(**{name: convert(x) for name, x in given.items()}, horizon=2)
+    kept = {name: x.clone() for name, x in given.items()}
+    for x in given.values():
+        x.zero_() if x.any() else x.fill_(True)
+    for other in (mdp, mdp.replace(horizon=3)):
+        assert all(getattr(other, name).equal(x) for name, x in kept.items())
+
+
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_constant_data_rebuilds_the_problem(layout: str) -> None:
     available = torch.ones(4, 3, dtype=torch.bool)
@@ -256,6 +276,9 @@ def test_rewards_of_other_shapes_or_types_are_refused(reward: Any, complaint: st
         ({"available": torch.ones(4, 3)}, "boolean"),
         ({"available": torch.zeros(4, 3, dtype=torch.bool)}, "state 0 has no available action"),
         ({"initial": [0.5, 0.5]}, r"initial has shape \(2,\)"),
+        ({"terminal": 4}, "terminal names state 4"),
+        ({"terminal": "last"}, "terminal cannot be read"),
+        ({"terminal": 2.0}, "terminal is torch.float.*boolean mask"),
         ({"initial": "start"}, "initial cannot be read"),
         ({"transition": torch.zeros(4, 3)}, r"\[S, A, S\]"),
         ({"transition": torch.zeros(5, 4).to_sparse()}, r"\[S \* A, S\]"),

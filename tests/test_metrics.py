@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -593,3 +594,22 @@ def test_the_gap_of_the_right_policy_vanishes_however_episodes_end() -> None:
     for demos in (told, *untold):
         # Visits of an episode have a spread of some 1.
         assert feature_gap(mdp, features, demos, policy=policy) < 4 * 3**0.5 * 1.5 / count**0.5
+
+
+def test_the_gap_of_a_subset_is_that_of_the_same_episodes_by_themselves() -> None:
+    table = torch.tensor([[[0.5, 0.5]], [[0.0, 1.0]]], dtype=torch.float64)
+    mdp, features = TabularMDP(table, 0, 0.9, terminal=[1]), torch.eye(2, dtype=torch.float64)
+    states = [[0, 1], [0, 0, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0]]
+    ends, policy = ["terminated"] * 3 + ["truncated"], torch.ones(2, 1, dtype=torch.float64)
+
+    def gap(demos: Trajectories) -> float:
+        return float(feature_gap(mdp, features, demos, policy=policy))
+
+    def built(count: int, **options: Any) -> Trajectories:
+        chosen = states[:count]
+        return Trajectories(chosen, [[0] * (len(row) - 1) for row in chosen], ends=ends[:count], **options)
+
+    assert gap(built(4)[:2]) == gap(built(2)) == gap(pickle.loads(pickle.dumps(built(4)))[:2])
+    assert gap(built(4, limits=[10, 10, 9, 2])[:2]) == gap(built(2, limits=[10, 10])) != gap(built(2))
+    # A limit that someone gave counts, whatever number it is.
+    assert gap(built(1, limits=[5])) != gap(built(1)) != gap(built(1, limits=[1]))

@@ -17,6 +17,7 @@ from pirl.errors import (
     HorizonError,
     InvalidPolicyError,
     NotUnichainError,
+    OptionError,
     UnboundedProblemError,
 )
 from pirl.mdp import TabularMDP
@@ -101,6 +102,22 @@ def test_the_value_of_a_policy_is_its_mean_return_over_all_trajectories(options:
         # With a step gone, what is left is a shorter problem.
         shorter = enumerated_value(mdp.replace(horizon=2), whole[1:], reward)
         torch.testing.assert_close(value[1], shorter, **EXACT)
+
+
+def test_as_many_policies_as_steps_are_not_taken_for_one_by_time() -> None:
+    mdp = oracle.random_mdp(3, states=4, actions=3, horizon=5)
+    rewards, policies = normal(5, 4, 3), random_policy(mdp, 5, seed=1)
+    with pytest.raises(InvalidPolicyError, match=r"one for each of 5 rewards: say timed=True or timed=False"):
+        policy_value(mdp, policies, rewards)
+    pairs = zip(policies, rewards, strict=True)
+    each = torch.stack([policy_value(mdp, policy, reward) for policy, reward in pairs])
+    torch.testing.assert_close(policy_value(mdp, policies, rewards, timed=False), each, **EXACT)
+    by_time = torch.stack([policy_value(mdp, policies, reward) for reward in rewards])
+    torch.testing.assert_close(policy_value(mdp, policies, rewards, timed=True), by_time, **EXACT)
+    torch.testing.assert_close(policy_value(mdp, policies, rewards[0], timed=False)[0], each[0], **EXACT)
+    for wrong in (mdp.replace(horizon=4), mdp.replace(horizon=None, discount=0.9)):
+        with pytest.raises(InvalidPolicyError, match="is not by time"):
+            policy_value(wrong, policies, rewards, timed=True)
 
 
 @pytest.mark.parametrize("options", [{"discount": 0.9}, {"discount": 0.5, "terminal": [0]}, {"terminal": [2]}])
@@ -399,6 +416,11 @@ def test_the_most_likely_trajectory_knows_no_discount_and_says_when_it_is_cut_sh
     assert written(most_likely_trajectory(mdp, -torch.ones(5, 1).double()))[-1] == [4, -1]
     with pytest.raises(HorizonError, match="max_length=3"):
         most_likely_trajectory(mdp, -torch.ones(5, 1).double(), max_length=3)
+    for wrong in (0, -1):
+        with pytest.raises(OptionError, match=f"max_length is {wrong}; it must be a whole number"):
+            most_likely_trajectory(mdp, -torch.ones(5, 1).double(), max_length=wrong)
+    with pytest.raises(OptionError, match="max_length is for problems without a horizon, and this one has 6"):
+        most_likely_trajectory(mdp.replace(horizon=6), -torch.ones(5, 1).double(), max_length=3)
 
 
 # ------------------------------------------------------------------------------------------------ the long run

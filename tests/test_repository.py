@@ -62,6 +62,36 @@ def test_importing_pirl_changes_nothing_and_stays_light() -> None:
     assert run(sys.executable, "-W", "error", "-c", STATE) == "changed [], heavy []\n"
 
 
+# Every room and engine is there by its name after `import pirl`, and is imported no sooner than that.
+ROOMS = """
+import sys
+import pirl
+engines = [name for name in ("nuts", "smc", "svi", "laplace") if f"pirl.infer.{name}" in sys.modules]
+loaded = {"pirl.plots", "pirl.cli", "matplotlib"} & set(sys.modules)
+rooms = [name for name in dir(pirl) if not name.startswith("_")]
+absent = [name for name in rooms if not hasattr(pirl, name)]
+assert pirl.plots.plot_recovery and pirl.learning and pirl.datasets.simulate and pirl.linear_gaussian
+print(f"too soon {engines}, {loaded}, absent {absent}, {callable(pirl.compare)}, {'grid_control' in rooms}")
+print([getattr(pirl.infer, name).run.__name__ for name in pirl.infer.ENGINES if name in dir(pirl.infer)])
+for module, name in ((pirl, "plot"), (pirl, "data"), (pirl, "_rooms_"), (pirl.infer, "metropolis")):
+    try:
+        print(getattr(module, name))
+    except AttributeError as error:
+        print(error)
+"""
+
+
+def test_rooms_and_engines_are_there_by_name_once_asked_for() -> None:
+    assert run(sys.executable, "-c", ROOMS).splitlines() == [
+        "too soon [], set(), absent [], True, True",
+        "['run', 'run', 'run', 'run', 'run']",
+        "module 'pirl' has no attribute 'plot'",
+        "module 'pirl' has no attribute 'data'",
+        "module 'pirl' has no attribute '_rooms_'",
+        "module 'pirl.infer' has no attribute 'metropolis'",
+    ]
+
+
 def test_rooms_import_only_rooms_below_them() -> None:
     pytest.importorskip("importlinter")
     assert "0 broken" in run(str(Path(sys.executable).parent / "lint-imports"), "--no-cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_a_subset_is_what_those_episodes_alone_would_be(index: Any, chosen: list
     assert subset.ends == alone.ends and subset.starts.equal(alone.starts)
     assert subset.lengths.equal(alone.lengths) and subset.subjects.equal(alone.subjects)
     assert subset.horizons.tolist() == [[5, -1, -1][i] for i in chosen]
+    assert subset.limits.equal(alone.limits) and subset.unobserved().lengths.equal(alone.unobserved().lengths)
+
+
+def test_limits_that_were_given_stay() -> None:
+    demos = ragged(ends=["truncated", "truncated", "terminated"], limits=[7, 8, 9])
+    for other in (demos[1:], demos.unobserved()[1:], pickle.loads(pickle.dumps(demos))[1:]):
+        assert other.limits.tolist() == other.unobserved().lengths.tolist() == [8, 9]
+    with pytest.raises(InvalidTrajectoriesError, match="trajectory 1 has 3 decisions, more than its limit 2"):
+        ragged(limits=[7, 2, 9])
 
 
 @pytest.mark.parametrize("index", [slice(0), [], torch.zeros(3, dtype=torch.bool)])
@@ -158,6 +168,8 @@ def test_an_end_may_be_given_for_all_or_for_each() -> None:
         ({"ends": ["truncated"] * 2}, InvalidTrajectoriesError, "one for each episode"),
         ({"horizons": [6, 2, 2]}, HorizonError, "trajectory 1 has 3 decisions, more than its horizon 2"),
         ({"horizons": [6, 6]}, InvalidTrajectoriesError, "horizons has 2 entries for 3 episodes"),
+        ({"subjects": [0, -3, 0]}, InvalidTrajectoriesError, "trajectory 1 has subject -3: .* 0, 1"),
+        ({"subjects": [0, 0, 7], "subject_names": ["ann"]}, InvalidTrajectoriesError, "has subject 7: .* 1 sub"),
         ({"subjects": [0]}, InvalidTrajectoriesError, "subjects has 1 entries for 3 episodes"),
         ({"lengths": [2, 3, 1, 0]}, InvalidTrajectoriesError, "lengths has 4 entries"),
         ({"lengths": [2, 4, 0]}, InvalidTrajectoriesError, "between 0 and 3"),
@@ -228,6 +240,22 @@ def test_a_data_frame_without_last_states() -> None:
     assert demos.subjects is None
 
 
+def test_a_long_data_frame_is_read_at_once() -> None:
+    count, steps = 1_500, 6
+    rows = np.arange(count * steps)
+    data = frame(
+        subject=[f"s{i:04d}" for i in rows // steps], episode=rows // steps, number=rows % steps,
+        state=rows % 7, action=np.where(rows % steps == steps - 1, np.nan, rows % 3),
+    ).sample(frac=1.0, random_state=0)  # fmt: skip
+    begun = time.process_time()
+    demos = Trajectories.from_dataframe(data, t="number")
+    # Sorting and checking by the episode takes milliseconds each.
+    assert time.process_time() - begun < 2.0
+    assert demos.states.equal(torch.as_tensor(rows % 7).reshape(count, steps))
+    assert demos.actions.equal(torch.as_tensor(rows % 3).reshape(count, steps)[:, :-1])
+    assert demos.subjects.tolist() == list(range(count)) and demos.subject_names[-1] == "s1499"
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -239,6 +267,9 @@ def test_a_data_frame_without_last_states() -> None:
         ({"episode": [0, None, 0]}, "column 'episode' has missing entries"),
         ({"t": [0, None, 2]}, "column 't' has missing entries"),
         ({"t": [0, "x", 2]}, "columns episode, t cannot be put in order"),
+        ({"t": [0, 1, 3]}, r"episode \(0,\) goes from 't' = 1 to 3: split it there"),
+        ({"t": [0, 0, 2], "episode": [1, 0, 0]}, r"episode \(0,\) goes from 't' = 0 to 2: split it there"),
+        ({"subject": ["bob", "ann", "bob"]}, r"episode \('bob', 0\) goes from 't' = 0 to 2"),
         ({"subject": ["ann", None, "ann"]}, "column 'subject' has missing entries"),
         ({"action": [0, -1, 1]}, "trajectory 0, step 1: the action is negative or missing"),
     ],

@@ -200,8 +200,9 @@ def _first_policy(mdp: TabularMDP, given: Tensor | None) -> Float[Tensor, "*T S 
             f"initial_policy is {policy.dtype} {tuple(policy.shape)}; expected {mdp.dtype} {tuple(shape)}"
         )
     total = policy.sum(-1, keepdim=True)
+    tolerance = max(1e-8, 32 * torch.finfo(policy.dtype).eps)
     if given is not None and not bool(
-        (policy >= 0).all() & ((total - 1).abs() <= 1e-8).all() & ((policy == 0) | mdp.log_prior.isfinite()).all()
+        (policy >= 0).all() & ((total - 1).abs() <= tolerance).all() & ((policy == 0) | mdp.log_prior.isfinite()).all()
     ):
         raise InvalidPolicyError("initial_policy is not a distribution over the available actions of every state")
     return (policy / total).expand(shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 
 from pirl.errors import OptionError
 from pirl.infer.engine import Draws
@@ -37,6 +38,17 @@ def get_engine(name: str) -> Callable[..., Draws]:
     if name not in ENGINES:
         raise OptionError(f"there is no engine {name!r}; the engines are {', '.join(sorted(ENGINES))}")
     return import_module(ENGINES[name]).run
+
+
+def __getattr__(name: str) -> ModuleType:
+    """An engine's module by its name, imported when first asked for: ``help(pirl.infer.nuts.run)``."""
+    if name not in ENGINES:
+        raise AttributeError(f"module 'pirl.infer' has no attribute {name!r}")
+    return import_module(ENGINES[name])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ENGINES})
 
 
 __all__ = ["ENGINES", "Draws", "Potential", "get_engine"]

@@ -336,7 +336,9 @@ def _limits(mdp: TabularMDP, demos: Trajectories) -> Int[Tensor, " N"]:
     assert table is not None
     last = table[..., 0].gather(1, demos.lengths.unsqueeze(1)).squeeze(1)
     ended = (last >= 0) & mdp.terminal[last.clamp_min(0)]
-    told = (demos.limits != demos.lengths) & (demos.limits != 5 * demos.lengths.max())
+    told = torch.full_like(ended, demos.given_limits is not None)
+    if demos.horizons is not None:
+        told = told | (ended & (demos.horizons >= 0))
     longest = torch.maximum(demos.lengths.max(), torch.where(told, demos.limits, 0).max())
     limits = torch.where(ended & ~told, longest + int(ended.all()), demos.limits)
     if mdp.horizon is not None:

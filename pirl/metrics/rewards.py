@@ -52,7 +52,7 @@ def expected_value_difference(
         return soft_policy(mdp, estimate).exp() if soft else optimal_policy(mdp, estimate).policy
 
     def gain(true: Tensor, followed: Tensor) -> Tensor:
-        value = policy_value(mdp, followed, true)
+        value = policy_value(mdp, followed, true, timed=mdp.horizon is not None)
         return (value if mdp.horizon is None else value[..., 0, :]) @ mdp.initial
 
     cost = 3 * steps * truth.shape[-2:].numel() + len(mdp.transitions.value)
