@@ -288,12 +288,11 @@ def _describe(
     seed: int,
 ) -> dict[str, float]:
     found = dict.fromkeys(COLUMNS, math.nan) | {"time": row.time, "loo": row.loo[0], "loo_se": row.loo[1]}
-    shares = None
-    for policies in (row.predicts, row.acts):
-        if policies is not None:
-            shares = policies.new_full((len(policies),), 1 / len(policies)) if row.shares is None else row.shares
+    policies, shares = row.predicts if row.acts is None else row.acts, row.shares
+    if shares is None and policies is not None:
+        shares = policies.new_full((len(policies),), 1 / len(policies))
     if row.predicts is not None and shares is not None:
-        each = _by_episode(row.predicts, shares, demos, mdp)
+        each = _by_episode(row.predicts, shares, demos)
         number = demos.lengths.double().cpu().numpy()
         found["log_likelihood"] = float(each.sum() / number.sum())
         low, high = _bootstrap(each, number, num_bootstrap, level, seed)
@@ -308,7 +307,7 @@ def _describe(
     return found
 
 
-def _by_episode(log_policies: Tensor, shares: Tensor, demos: Trajectories, mdp: TabularMDP) -> np.ndarray:
+def _by_episode(log_policies: Tensor, shares: Tensor, demos: Trajectories) -> np.ndarray:
     """Log-likelihood of the choices of each episode, whose policy is drawn by ``shares``."""
     horizon = log_policies.shape[1] if log_policies.dim() == 4 else None
     each = held_out_log_likelihood(log_policies, demos, horizon=horizon).episodes

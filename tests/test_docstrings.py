@@ -16,8 +16,7 @@ import pyro
 import pytest
 
 from docs.reference import public_modules, public_names
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.readme import python_blocks
 
 
 def is_error(value: Any) -> bool:
@@ -80,7 +79,7 @@ def test_a_name_without_example_would_be_seen() -> None:
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What examples begin with: the README's two worlds, the first with fewer simulated episodes."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = python_blocks()
     first = next(block for block in blocks if "pirl.fit" in block)
     unknown = next(block for block in blocks if "bayesian_guided_cost" in block).partition("# Only reset")[0]
     quick = "num_chains=32, num_warmup=200, num_samples=200, "

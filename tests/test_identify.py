@@ -28,14 +28,11 @@ from pirl.identify import Identification, advantage, gauge_basis, unidentified
 from pirl.mdp import TabularMDP
 from pirl.message_passing import log_partition, soft_policy
 from tests import oracle
+from tests.draws import normal
 
 MASK = torch.tensor([[True, True, False], [True, True, True], [False, True, True], [True, False, True]])
 # No direction of these problems shows by less than some 1e-3 (asserted below), and rounding is some 1e-14.
 SAME = {"rtol": 0.0, "atol": 1e-9}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def table(mdp: TabularMDP) -> Tensor:

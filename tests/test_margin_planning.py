@@ -26,7 +26,8 @@ from pirl.errors import (
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
 from pirl.trajectories import Trajectories
-from tests.test_max_margin import deterministic_policies, masked, normal, pairs
+from tests.draws import normal
+from tests.test_max_margin import deterministic_policies, masked, pairs
 
 
 def few() -> TabularMDP:

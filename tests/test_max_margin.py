@@ -25,13 +25,10 @@ from pirl.errors import (
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
 from pirl.trajectories import Trajectories
+from tests.draws import normal
 
 METHODS = ("quadratic", "projection")
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def sparse(mdp: TabularMDP) -> TabularMDP:

@@ -36,14 +36,11 @@ from pirl.metrics import (
 from pirl.planning import discounted_occupancy, optimal_policy, policy_value
 from pirl.trajectories import Trajectories
 from tests import oracle
+from tests.draws import normal
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 ZERO = 1e-10
 MASK = torch.tensor([[True, True], [True, False], [False, True]])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_policy(mdp: TabularMDP, *batch: int, seed: int = 0) -> Tensor:

@@ -29,13 +29,10 @@ from pirl.planning import (
     stationary_distribution,
 )
 from tests import oracle
+from tests.draws import normal
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 MASK = torch.tensor([[True, True, False], [True, True, True], [False, True, True], [True, False, True]])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def random_policy(mdp: TabularMDP, *batch: int, seed: int = 0) -> Tensor:

@@ -8,12 +8,11 @@ import sys
 import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.readme import ROOT, python_blocks
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "pirl.fit" in block)
+    example = next(block for block in python_blocks() if "pirl.fit" in block)
     done = subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "posterior.nc").exists()
@@ -21,9 +20,10 @@ def test_the_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_comparison_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "pirl.fit" in block).replace("num_samples=200", "num_samples=40")
-    comparison = next(block for block in blocks if "pirl.compare" in block)
+    example = next(block for block in python_blocks() if "pirl.fit" in block).replace(
+        "num_samples=200", "num_samples=40"
+    )
+    comparison = next(block for block in python_blocks() if "pirl.compare" in block)
     program = f"{example}\nheld_out = demos[:5]\n{comparison}\nprint(list(table.index))"
     # Of so few draws leave-one-out says that it is not to be trusted.
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
@@ -32,8 +32,7 @@ def test_the_comparison_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_of_unknown_dynamics_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "bayesian_guided_cost" in block)
+    example = next(block for block in python_blocks() if "bayesian_guided_cost" in block)
     program = f"import pirl, pirl.envs, pyro, pyro.distributions as dist, torch\ntorch.manual_seed(0)\n{example}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -41,8 +40,7 @@ def test_the_example_of_unknown_dynamics_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_of_a_gymnasium_environment_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "GymSimulator" in block)
+    example = next(block for block in python_blocks() if "GymSimulator" in block)
     program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,8 +63,7 @@ def test_the_example_of_several_subjects_runs() -> None:
     from pirl.envs import gridworld, gridworld_features
     from pirl.errors import ConvergenceWarning
 
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    example = next(block for block in blocks if "from_dataframe" in block and "pirl.fit" in block)
+    example = next(block for block in python_blocks() if "from_dataframe" in block and "pirl.fit" in block)
     mdp, features = gridworld(3, 3, discount=0.9), gridworld_features(3, 3, 3)
     rows = [(s, e, t, 0, 4) for s in ("anna", "bob") for e in range(3) for t in range(4)]
     frame = pd.DataFrame(rows, columns=["subject", "episode", "t", "state", "action"])
@@ -102,7 +99,7 @@ def test_the_examples_of_ones_own_problem_network_and_data_run(tmp_path: Path) -
     blocks = []
     for title in [*titles, "Many GPUs"]:
         (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)^## ", text, flags=re.DOTALL | re.MULTILINE)
-        blocks += re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+        blocks += python_blocks(section)
     program = "\n".join([QUICKLY, *blocks, LOOK])
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

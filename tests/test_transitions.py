@@ -12,12 +12,9 @@ from torch import Tensor
 from pirl import transitions
 from pirl.transitions import SparseMap, TransitionMap, scatter_max, solve_system
 from tests import oracle
+from tests.draws import normal
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def listed(matrix: Tensor, kind: type[SparseMap] = SparseMap) -> Any:

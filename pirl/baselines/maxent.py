@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,8 @@ def maxent(
         value(reward.start)
     except ArithmeticError as error:
         raise OptionError(f"there is no finite objective at the start, where {error}; give start=") from error
-    search = _gradient_ascent if method == "gradient" else _quasi_newton
-    theta, history = search(value, reward.start, goal.count, max_iterations, tolerance, learning_rate)
+    search = partial(_gradient_ascent, rate=learning_rate) if method == "gradient" else _quasi_newton
+    theta, history = search(value, reward.start, goal.count, max_iterations, tolerance)
     residual = history["residual"][-1]
     if not residual <= tolerance:
         warnings.warn(
@@ -254,7 +255,7 @@ def _gradient_ascent(
 
 
 def _quasi_newton(
-    value: Callable[[Tensor], Tensor], theta: Tensor, count: int, steps: int, tolerance: float, rate: float
+    value: Callable[[Tensor], Tensor], theta: Tensor, count: int, steps: int, tolerance: float
 ) -> tuple[Tensor, History]:
     """Damped Newton steps; for many parameters L-BFGS first, down to small residuals."""
     history: History = {"objective": [], "residual": []}
