@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import cProfile
 import pickle
-import time
+import pstats
 from types import SimpleNamespace
 from typing import Any
 
@@ -241,16 +242,23 @@ def test_a_data_frame_without_last_states() -> None:
 
 
 def test_a_long_data_frame_is_read_at_once() -> None:
-    count, steps = 1_500, 6
+    """Not by the episode: the number of calls of pandas does not grow with that of episodes."""
+
+    def read(count: int) -> tuple[Trajectories, int]:
+        rows = np.arange(count * steps)
+        data = frame(
+            subject=[f"s{i:04d}" for i in rows // steps], episode=rows // steps, number=rows % steps,
+            state=rows % 7, action=np.where(rows % steps == steps - 1, np.nan, rows % 3),
+        ).sample(frac=1.0, random_state=0)  # fmt: skip
+        with cProfile.Profile() as profile:
+            demos = Trajectories.from_dataframe(data, t="number")
+        calls = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+        return demos, sum(number for (file, *_), (_, number, *_) in calls.items() if "pandas" in file)
+
+    count, steps = 600, 6
     rows = np.arange(count * steps)
-    data = frame(
-        subject=[f"s{i:04d}" for i in rows // steps], episode=rows // steps, number=rows % steps,
-        state=rows % 7, action=np.where(rows % steps == steps - 1, np.nan, rows % 3),
-    ).sample(frac=1.0, random_state=0)  # fmt: skip
-    begun = time.process_time()
-    demos = Trajectories.from_dataframe(data, t="number")
-    # Sorting and checking by the episode takes milliseconds each.
-    assert time.process_time() - begun < 2.0
+    demos, calls = read(count)
+    assert calls < 1.5 * read(60)[1]
     assert demos.states.equal(torch.as_tensor(rows % 7).reshape(count, steps))
     assert demos.actions.equal(torch.as_tensor(rows % 3).reshape(count, steps)[:, :-1])
     assert demos.subjects.tolist() == list(range(count)) and demos.subject_names[-1] == "s1499"
