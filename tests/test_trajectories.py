@@ -261,7 +261,7 @@ def test_a_long_data_frame_is_read_at_once() -> None:
     assert calls < 1.5 * read(60)[1]
     assert demos.states.equal(torch.as_tensor(rows % 7).reshape(count, steps))
     assert demos.actions.equal(torch.as_tensor(rows % 3).reshape(count, steps)[:, :-1])
-    assert demos.subjects.tolist() == list(range(count)) and demos.subject_names[-1] == "s1499"
+    assert demos.subjects.tolist() == list(range(count)) and demos.subject_names[-1] == f"s{count - 1:04d}"
 
 
 @pytest.mark.parametrize(
