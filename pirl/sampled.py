@@ -57,7 +57,8 @@ class SampledMaxEntTrajectory(TorchDistribution):
 
     Batch shape ``[*batch, N]``, event shape ``(T + 1, 2)`` or ``(T + 1, ds + da)``: see
     :meth:`pirl.ContinuousTrajectories.as_tensor`. Every trajectory has the length of the pool's, or ended early as
-    some of the pool's did. ``log_prob`` is relative to p(tau): the density's unknown part, the dynamics, is left out.
+    some of the pool's did: numbered ones that were cut before their end are refused, of vectors nobody can tell.
+    ``log_prob`` is relative to p(tau): the density's unknown part, the dynamics, is left out.
 
     Args:
         pool: roll-outs (:class:`pirl.Pool`).
@@ -132,7 +133,14 @@ class SampledMaxEntTrajectory(TorchDistribution):
         return self.pool.judge(self.log_weights)
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
-        """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau)."""
+        """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau).
+
+        Raises:
+            InvalidTrajectoriesError: trajectories of another shape than the pool's.
+            HorizonError: trajectories that are longer than the pool's, or were cut before their end.
+        """
+        if not is_transformed(value):
+            self.pool.check_table(value, self.lengths)
         result = self._returns(value, self.lengths) - self.log_partition
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 

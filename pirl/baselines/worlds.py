@@ -67,6 +67,7 @@ class World:
         self.steps += int(rollouts.lengths.sum())
         self.pool = Pool.of(rollouts, plain, measure)
         self.pool.check_lengths(self.demos.lengths)
+        self.pool.check_ends(self.demos.states, self.demos.lengths)
         return slice(0, num_rollouts)
 
     def extend(self, policy: Policy, num_rollouts: int) -> slice:

@@ -203,6 +203,8 @@ def guided_pool(
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
+        pool.check_lengths(group.lengths)
+        pool.check_ends(group.states, group.lengths)
         pool.check_support(group.states, group.actions, group.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
