@@ -415,6 +415,7 @@ def _density(policy: Policy | WholeLaw, rollouts: Rollouts) -> Tensor:
 def _visits(table: Tensor, shape: tuple[int, int], pool: Pool) -> tuple[Tensor, Tensor]:
     flat = table.reshape(-1, *table.shape[-2:])
     states, actions, counted = paying(flat[..., 0], flat[..., 1], (flat[..., 1] >= 0).sum(-1), pool.horizon)
+    actions = actions if shape[1] > 1 else torch.zeros_like(actions)  # one column: of states alone
     pair = torch.where(counted, states * shape[1] + actions, 0)
     used, at = pair.unique(return_inverse=True)
     counts = torch.zeros(len(flat), len(used), dtype=pool.dtype, device=table.device)

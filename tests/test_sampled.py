@@ -269,7 +269,7 @@ def test_bad_input_is_named() -> None:
     pool = sampled(mdp, None, 20)
     with pytest.raises(HorizonError, match="trajectory 1 has 4 decisions, and the pool's have 6"):
         SampledMaxEntTrajectory(pool, reward, lengths=torch.tensor([6, 4]))
-    with pytest.raises(InvalidRewardError, match="NaN"):
+    with pytest.raises(InvalidRewardError, match="not finite"):
         SampledMaxEntTrajectory(pool, torch.full((9, 5), math.nan, dtype=torch.float64))
     with pytest.raises(InvalidRewardError, match="does not fit the pool"):
         SampledMaxEntTrajectory(pool, torch.zeros(2, 5, dtype=torch.float64))
@@ -366,6 +366,21 @@ def test_trajectories_of_another_length_or_shape_are_refused_without_lengths_too
         by_features.log_prob(torch.zeros(4, 3, 3).double())
     with pytest.raises(InvalidTrajectoriesError, match=r"must be \[\*batch, 6, 3\]"):
         by_features.log_prob(torch.zeros(4, 6, 2).double())
+
+
+def test_a_reward_of_states_alone_does_not_ask_what_was_done() -> None:
+    mdp, _, _ = problem()
+    base = base_policy(mdp)
+    still = torch.full((9, 5), -math.inf, dtype=torch.float64)
+    still[:, 0] = 0.0
+    only = TabularPolicy(still)
+    pool = Pool.of(roll_out(TabularSimulator(mdp), only, 4), only, base)  # the others were never taken
+    table = pirl.Trajectories([[0] * 7], [[4] * 6]).as_tensor()
+    of_states = torch.arange(9, dtype=torch.float64).add(1).unsqueeze(1)
+    found, expected = (SampledMaxEntTrajectory(pool, x).log_prob(table) for x in (of_states, of_states.expand(9, 5)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    with pytest.raises(InvalidRewardError, match="no entry for action 4"):
+        SampledMaxEntTrajectory(pool, torch.zeros(9, 3).double()).log_prob(table)
 
 
 def lifted_model(demos: ContinuousTrajectories, pool: Pool, network: torch.nn.Module, last_layer: bool) -> None:
