@@ -72,6 +72,16 @@ def test_the_lower_rungs() -> None:
     assert weighed.attrs["environment_steps"] * 4 < plain.attrs["environment_steps"]
 
 
+def test_a_constant_feature_moves_nothing() -> None:
+    mdp, features, demos = problem(0.0, num=20)
+    constant = torch.cat([features, torch.full((16, 1), 0.1).double()], 1)
+    options: dict[str, Any] = {"reuse": True, "num_rounds": 5, "num_rollouts": 100}
+    weights = sample_gradient(demos, TabularSimulator(mdp), constant, **options).parameters["weights"]
+    without = sample_gradient(demos, TabularSimulator(mdp), features, **options).parameters["weights"]
+    assert abs(float(weights[3])) < 1e-9
+    torch.testing.assert_close(weights[:3], without, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["likelihood", "counts", "even"])
 def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)

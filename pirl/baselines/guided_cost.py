@@ -149,7 +149,9 @@ def sample_gradient(
     world = make_world(demos, simulator, features, seed, explore, "causal", base, learner)
     world.begin(num_rollouts)
     sums = world.sums()
-    scale = sums.pool.std(0).clamp_min(1e-12)
+    scale = sums.pool.std(0)
+    # A constant feature's spread is rounding noise, and so is its gradient, which must not be blown up by it.
+    scale = torch.where(scale > 1e-6 * sums.pool.abs().amax(0), scale, 1.0)
     weights = torch.zeros_like(scale)
     history: dict[str, list[float]] = {name: [] for name in HISTORY}
     for number in range(1, num_rounds + 1):
