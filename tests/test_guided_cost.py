@@ -234,6 +234,16 @@ def test_bad_input_is_named() -> None:
         guided_cost(demos, TabularSimulator(mdp), features, num_rollouts=3)
 
 
+def test_a_discount_is_refused() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+    simulator = TabularSimulator(pirl.TabularMDP(mdp.transition, mdp.initial, discount=0.7, horizon=STEPS))
+    for method in (guided_cost, adversarial, sample_gradient):
+        with pytest.raises(pirl.errors.DiscountError, match="the simulator's is 0.7"):
+            method(demos, simulator, features, num_rounds=1, num_rollouts=10)
+    with pytest.raises(pirl.errors.DiscountError, match="the simulator's is 0.7"):
+        bayesian_guided_cost(model, demos, simulator, features, num_rollouts=10, progress=False)
+
+
 def test_a_simulator_that_fails_leaves_the_pool_as_it_was() -> None:
     mdp, features, demos = problem(0.0, num=5)
 

@@ -26,7 +26,6 @@ from pirl.continuous import ContinuousTrajectories
 from pirl.errors import OptionError, PartitionError, check_counts
 from pirl.pool import Features
 from pirl.simulators import Policy
-from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
 
 Demonstrations = Trajectories | ContinuousTrajectories
@@ -194,8 +193,7 @@ def _alternate(
     if not 0 < least_ess < 1:
         raise OptionError(f"least_ess is {least_ess}, but must be a share between 0 and 1")
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
-    reading: Reading = "trajectory" if getattr(simulator, "discount", 1) == 1 else "causal"
-    world = make_world(demos, simulator, features, seed, explore, reading, base, learner)
+    world = make_world(demos, simulator, features, seed, explore, "trajectory", base, learner)
     newest = world.begin(num_rollouts)
     world.pool.check_support(demos.states, demos.actions, demos.lengths)
     num_features = world.sums().pool.shape[-1]

@@ -20,6 +20,7 @@ from pirl.pool import Features, Pool
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
+from pirl.simulators.playing import require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
@@ -249,8 +250,10 @@ def make_world(
     Raises:
         OptionError: what was given is of another kind than its place; says what belongs there.
         InvalidRewardError: features that are not numbers, or not finite.
+        DiscountError: the simulator has a discount.
     """
     _check_kinds(demos, simulator, features)
+    require_undiscounted(simulator)
     if not isinstance(features, Tensor):
         return VectorWorld(demos, simulator, features, seed, base, learner)
     if not isinstance(simulator, FiniteSimulator):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError, SimulatorError
+from pirl.errors import DiscountError, InvalidPolicyError, InvalidRewardError, OptionError, SimulatorError
 from pirl.trajectories import End, Trajectories
 
 Generator = torch.Generator | None
@@ -232,6 +232,20 @@ def roll_out(
 
     played = play(first, advance, policy, simulator.horizon, generator)
     return played._replace(terminal=known_ends(simulator, played.states))
+
+
+def require_undiscounted(simulator: object) -> None:
+    """Refuse a simulator with a discount where returns are sums: the trajectory reading has none.
+
+    Raises:
+        DiscountError: its discount is not 1.
+    """
+    discount = getattr(simulator, "discount", 1)
+    if discount != 1:
+        raise DiscountError(
+            f"the trajectory reading has no discount, and the simulator's is {discount:g}: make it of a problem with "
+            "discount=1 and a horizon"
+        )
 
 
 def known_ends(simulator: object, states: Tensor) -> Bool[Tensor, " S"] | None:
