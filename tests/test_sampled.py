@@ -206,6 +206,9 @@ def test_shorter_episodes_count_their_own_steps() -> None:
     assert demos.states[1, 2].tolist() == demos.states[1, 1].tolist() and demos.actions[1, 1].tolist() == [0.0]
     assert demos[[1]].lengths.tolist() == [1] and demos.unobserved().as_tensor() is None
     assert demos.to(dtype=torch.float32).dtype == torch.float32
+    assert demos.unobserved().dtype == torch.float64
+    listed = ContinuousTrajectories(list(states.numpy()), list(actions.numpy()), lengths=[2, 1])
+    assert torch.equal(listed.states, demos.states) and listed.lengths.tolist() == [2, 1]
 
 
 def test_files(tmp_path: object) -> None:
