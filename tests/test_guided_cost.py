@@ -79,6 +79,8 @@ def test_a_constant_feature_moves_nothing() -> None:
     weights = sample_gradient(demos, TabularSimulator(mdp), constant, **options).parameters["weights"]
     without = sample_gradient(demos, TabularSimulator(mdp), features, **options).parameters["weights"]
     assert abs(float(weights[3])) < 1e-9
+    fresh = sample_gradient(demos, TabularSimulator(mdp), features, num_rounds=1, num_rollouts=20)
+    assert fresh.attrs["reading"] == "causal"
     torch.testing.assert_close(weights[:3], without, rtol=0, atol=1e-6)
 
 

@@ -241,6 +241,7 @@ def test_gates() -> None:
     assert untrusted(estimated([1_000.0] * 39 + [10.0], [0.3] * 40), 10) is None  # one draw in forty
     assert untrusted(estimated([1_000.0] * 30 + [10.0] * 10, [0.3] * 40), 10) is not None
     assert trusted_k(100) == pytest.approx(0.5) and trusted_k(10**6) == 0.7
+    assert untrusted(estimated([1_000.0] * 40, [0.3] * 30 + [0.9] * 10), 10) is not None  # the heavy ones tell
     assert untrusted(estimated([math.inf], [math.nan], 10), 1) is not None  # too few for a tail
 
 

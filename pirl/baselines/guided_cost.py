@@ -165,7 +165,8 @@ def sample_gradient(
         before, weights = weights, weights + rate / math.sqrt(number) * gradient / scale.square()
         world.record(history, before, newest, value, float((weights - before).norm() / weights.norm()))
     name = "importance-weighted gradient" if reuse else "sample gradient"
-    return world.estimate(name, weights, history, began, {"rate": rate})
+    reading = "trajectory" if reuse else "causal"  # of which fresh samples climb the dual
+    return world.estimate(name, weights, history, began, {"rate": rate, "reading": reading})
 
 
 def _alternate(

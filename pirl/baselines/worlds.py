@@ -110,8 +110,8 @@ class World:
         sums = self.sums()
         found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
         told = {
-            **attrs,
             "reading": "trajectory",
+            **attrs,
             "log_partition": float(found.log_partition),
             "standard_error": float(found.standard_error),
             "ess": float(found.ess),
