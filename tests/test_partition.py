@@ -281,3 +281,7 @@ def test_weights_of_another_form_are_refused() -> None:
 def test_counts_of_a_multilevel_estimator_are_checked() -> None:
     with pytest.raises(OptionError, match="num_replicates is 0"):
         multilevel(lambda n: torch.zeros(n), 0)
+    with pytest.raises(OptionError, match="num_replicates is 1, .* at least 2"):
+        multilevel(lambda n: torch.zeros(n), 1)
+    with pytest.raises(PartitionError, match="one half of a replicate"):
+        multilevel(lambda n: torch.where(torch.arange(n) % 4 < 2, -torch.inf, 0.0), 50)
