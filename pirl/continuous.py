@@ -39,7 +39,8 @@ class ContinuousTrajectories:
         self, states: Any, actions: Any, lengths: Any = None, *, dtype: torch.dtype = torch.float64, device: Any = None
     ) -> None:
         if isinstance(states, (list, tuple)):
-            states, actions, lengths = _padded(states, actions)
+            states, actions, full = _padded(states, actions)
+            lengths = full if lengths is None else lengths
         states, actions = (_real(x, name, device).to(dtype) for x, name in ((states, "states"), (actions, "actions")))
         actions = actions.unsqueeze(-1) if actions.dim() == 2 else actions
         if states.dim() != 3 or actions.dim() != 3 or len(states) != len(actions) or len(states) == 0:
@@ -75,6 +76,7 @@ class ContinuousTrajectories:
             episode, t = wrong.nonzero()[0].tolist()
             raise InvalidTrajectoriesError(f"trajectory {episode}, step {t}: a state or action is NaN or infinite")
         self._table: Tensor | None = table
+        self._dtype = table.dtype
 
     @property
     def acting(self) -> Bool[Tensor, "N T"]:
@@ -98,8 +100,8 @@ class ContinuousTrajectories:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision; torch's default where nothing is observed."""
-        return torch.get_default_dtype() if self._table is None else self._table.dtype
+        """Precision; where nothing is observed, of what was."""
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +119,7 @@ class ContinuousTrajectories:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> ContinuousTrajectories:
         """A copy elsewhere, or of another precision."""
         table = None if self._table is None else self._table.to(device=device, dtype=dtype)
-        return self._with(_table=table, lengths=self.lengths.to(device))
+        return self._with(_table=table, lengths=self.lengths.to(device), _dtype=dtype or self._dtype)
 
     def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """What a posterior file keeps beside the observed trajectories themselves."""

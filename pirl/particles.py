@@ -20,7 +20,7 @@ from pirl.errors import OptionError, SimulatorError
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
-from pirl.simulators.playing import Generator, asked, checked_states  # fmt: skip
+from pirl.simulators.playing import Generator, asked, checked_states, known_ends, paying  # fmt: skip
 
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""
@@ -50,6 +50,7 @@ class TiltedProposal:
         standard_error: of it.
         efficiency: how many independent draws one particle is worth, at most 1: particles share ancestors, and runs
             whose Z-hat is small hardly count.
+        horizon: T of the simulator, before which a shorter episode ended; None: as many as there are columns.
 
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
@@ -60,9 +61,15 @@ class TiltedProposal:
     """
 
     def __init__(
-        self, reward: Reward, base: Policy, log_partition: float, standard_error: float, efficiency: float
+        self,
+        reward: Reward,
+        base: Policy,
+        log_partition: float,
+        standard_error: float,
+        efficiency: float,
+        horizon: int | None = None,
     ) -> None:
-        self.reward, self.base = reward, base
+        self.reward, self.base, self.horizon = reward, base, horizon
         self.log_partition, self.standard_error, self.efficiency = log_partition, standard_error, efficiency
 
     def log_density(
@@ -70,22 +77,28 @@ class TiltedProposal:
     ) -> Float[Tensor, " n"]:
         """r0(tau) + sum_t log p(a_t|s_t) - log Z-hat, relative to the dynamics; the second term may be given."""
         base = log_density(self.base, states, actions, lengths) if log_base is None else log_base
-        return returns(self.reward, states, actions, lengths) + base - self.log_partition
+        return returns(self.reward, states, actions, lengths, self.horizon) + base - self.log_partition
 
 
-def returns(reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " n"]:
+def returns(
+    reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor, horizon: int | None = None
+) -> Float[Tensor, " n"]:
     """sum_t r(s_t, a_t) of trajectories ``[n, T + 1, *event]``, the no-op of a terminal state included.
+
+    Args:
+        horizon: T of the simulator, where the trajectories are narrower.
 
     Example:
         >>> returns(wanted, walks.states, walks.actions, walks.lengths).shape
         torch.Size([20])
     """
-    return _gains(reward, states, actions, lengths).sum(-1)
+    return _gains(reward, states, actions, lengths, horizon).sum(-1)
 
 
-def _gains(reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, "n T"]:
-    pairs = Rollouts(states, actions, torch.zeros(len(lengths), device=lengths.device), lengths)
-    visited, acted, counted = pairs.pairs()
+def _gains(
+    reward: Reward, states: Tensor, actions: Tensor, lengths: Tensor, horizon: int | None = None
+) -> Float[Tensor, "n steps"]:
+    visited, acted, counted = paying(states, actions, lengths, horizon)
     if isinstance(reward, Tensor):
         return reward.expand(-1, max(reward.shape[-1], int(acted.max()) + 1))[visited, acted] * counted
     return reward(visited.flatten(0, 1), acted.flatten(0, 1)).unflatten(0, counted.shape) * counted
@@ -156,10 +169,11 @@ def tilt(
     spread = (runs.log_partition - log_mean_exp(runs.log_partition)).exp()
     # The relative spread of a few Z-hats is bounded; that of their logarithms is not.
     error = max(float(spread.std()), float(runs.log_partition.std())) / math.sqrt(num_runs)
-    proposal = TiltedProposal(reward, base, float(log_mean_exp(runs.log_partition)), error, worth)
+    proposal = TiltedProposal(reward, base, float(log_mean_exp(runs.log_partition)), error, worth, simulator.horizon)
     states, actions = states[drawn], actions[drawn]
     lengths = _lengths(actions)
-    return Rollouts(states, actions, proposal.log_density(states, actions, lengths), lengths), proposal
+    density, terminal = proposal.log_density(states, actions, lengths), known_ends(simulator, states)
+    return Rollouts(states, actions, density, lengths, terminal=terminal), proposal
 
 
 def can_tilt(simulator: object) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, PartitionError
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
+from pirl.simulators.playing import paying
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
@@ -35,6 +36,7 @@ class Pool:
         log_base: sum_t log p(a_t|s_t), ``[J]``.
         policies: the proposals, of which sample j came from ``origin[j]``.
         log_densities: sum_t log pi_k(a_t|s_t) of every sample under every proposal, ``[K, J]``.
+        terminal: which numbered states end an episode ``[S]``, where the simulator told it; None: not known.
 
     Example:
         >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
@@ -53,6 +55,7 @@ class Pool:
     policies: tuple[Policy | WholeLaw, ...]
     origin: Int[Tensor, " J"]
     log_densities: Float[Tensor, "K J"]
+    terminal: Bool[Tensor, " S"] | None = None
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -73,7 +76,7 @@ class Pool:
         log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
         pool = cls(
             rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
-            (policy,), torch.zeros_like(rollouts.lengths), _density(policy, rollouts).unsqueeze(0),
+            (policy,), torch.zeros_like(rollouts.lengths), _density(policy, rollouts).unsqueeze(0), rollouts.terminal,
         )  # fmt: skip
         _ = pool.log_ratio
         return pool
@@ -84,8 +87,9 @@ class Pool:
         Draws of p(tau | O) for another reward are added by ``pool.add(*pirl.particles.tilt(...))``; what several of
         them say of each other's normalising constants is brought together by :func:`pirl.partition.reconcile`.
 
-        Demonstrations may be added as well, with a policy cloned from them as the estimate of their density (fusion,
-        Finn et al. 2016): ``pool.add(rollouts_of(demos), cloned)``.
+        Demonstrations of the pool's horizon may be added as well, with a policy cloned from them as the estimate of
+        their density (fusion, Finn et al. 2016): ``pool.add(Rollouts(demos.states, demos.actions,
+        log_density(cloned, demos.states, demos.actions), demos.lengths), cloned)``.
 
         Raises:
             InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
@@ -110,6 +114,7 @@ class Pool:
             (*self.policies, policy),
             torch.cat([self.origin, torch.full_like(rollouts.lengths, len(self.policies))]),
             torch.cat([torch.cat([self.log_densities, under_old], 1), under_new.unsqueeze(0)]),
+            rollouts.terminal if self.terminal is None else self.terminal,
         )
         _ = pool.log_ratio
         return pool
@@ -130,7 +135,7 @@ class Pool:
         keep = self.origin >= first
         return Pool(
             self.states[keep], self.actions[keep], self.lengths[keep], self.base, self.log_base[keep],
-            self.policies[first:], self.origin[keep] - first, self.log_densities[first:, keep],
+            self.policies[first:], self.origin[keep] - first, self.log_densities[first:, keep], self.terminal,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -224,10 +229,12 @@ class Pool:
         return Pool(
             real(self.states), real(self.actions), self.lengths.to(device), self.base, real(self.log_base),
             self.policies, self.origin.to(device), real(self.log_densities),
+            None if self.terminal is None else self.terminal.to(device),
         )  # fmt: skip
 
     def ratio_of(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " N"]:
         """log p - log q of other trajectories, such as demonstrations, under the mixture of all policies."""
+        states, actions = self._widened(states, actions)
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
         under = under - self.constants.unsqueeze(1)
@@ -239,6 +246,7 @@ class Pool:
         Raises:
             PartitionError: names the first such demonstration.
         """
+        states, actions = self._widened(states, actions)
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         missed = (under == -torch.inf).all(0)
         if bool(missed.any()):
@@ -246,6 +254,16 @@ class Pool:
                 f"demonstration {int(missed.nonzero()[0])} has probability 0 under every policy of the pool: "
                 "add roll-outs of a policy with full support, such as the base policy"
             )
+
+    def _widened(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbered trajectories that all ended early, as wide as the pool: any law sees that they ended before T."""
+        if not self.tabular:
+            return states, actions
+
+        def widen(x: Tensor, size: int) -> Tensor:
+            return torch.cat([x, x.new_full((len(x), max(size - x.shape[1], 0), *x.shape[2:]), -1)], 1)
+
+        return widen(states, self.states.shape[1]), widen(actions, self.horizon)
 
     def check_lengths(self, lengths: Tensor) -> None:
         """Refuse demonstrations of other lengths than the samples.
@@ -261,6 +279,78 @@ class Pool:
                 f"trajectory {episode} has {int(lengths.flatten()[episode])} decisions, and the pool's have "
                 f"{self.horizon}: log Z is of one length; cut the demonstrations, or roll out as long"
             )
+
+    def check_ends(self, states: Tensor, lengths: Tensor) -> None:
+        """Refuse demonstrations of numbered states that nobody watched to their end.
+
+        An episode shorter than the horizon must have ended: log Z is of whole episodes, and what a truncated one would
+        have gone on to (beta of its last state) is not known from samples. It has ended if its last state is
+        terminal; where no simulator told which are, if samples of the pool ended there.
+
+        Raises:
+            HorizonError: names the first such demonstration.
+        """
+        if not self.tabular:
+            return
+        last = torch.cat([states, torch.full_like(states[..., :1], -1)], -1)
+        last = last.gather(-1, lengths.unsqueeze(-1)).squeeze(-1)
+        if self.terminal is None:
+            over, told = self._ended_in(), "where no sample of the pool ended"
+        else:
+            over, told = self.terminal.nonzero().flatten(), "which is not terminal"
+        wrong = (lengths < self.horizon) & ~torch.isin(last, over)
+        if bool(wrong.any()):
+            episode = int(wrong.flatten().nonzero()[0])
+            state = int(last.flatten()[episode])
+            where = "without its last state" if state < 0 else f"in state {state}, {told}"
+            raise HorizonError(
+                f"trajectory {episode} was cut after {int(lengths.flatten()[episode])} of {self.horizon} decisions, "
+                f"{where}: log Z is of whole episodes; give whole ones, or cut them all to one length and roll out "
+                "as long"
+            )
+
+    def check_table(self, table: Tensor, lengths: Tensor | None = None) -> None:
+        """Refuse a tensor of trajectories that log Z is not of; the same one is looked at once.
+
+        Args:
+            table: ``[*batch, T + 1, 2]`` or ``[*batch, T + 1, ds + da]``.
+            lengths: of trajectories of vectors; by default all of the table. Numbered ones tell it themselves.
+
+        Raises:
+            InvalidTrajectoriesError: another shape than the samples'.
+            HorizonError: another length than the samples', or trajectories that were cut before their end.
+        """
+        self._remember(("checked", id(lengths)), table, lambda: self._check_table(table, lengths), lengths)
+
+    def _check_table(self, table: Tensor, lengths: Tensor | None) -> None:
+        expected = tuple(self.table.shape[-2:])
+        if table.dim() < 2 or table.shape[-1] != expected[1]:
+            raise InvalidTrajectoriesError(
+                f"trajectories {tuple(table.shape)} do not fit the pool: they must be [*batch, {expected[0]}, "
+                f"{expected[1]}]"
+            )
+        steps = table.shape[-2] - 1
+        if self.tabular:
+            lengths = (table[..., 1] >= 0).sum(-1)
+            self.check_lengths(lengths)
+            self.check_ends(table[..., 0], lengths)
+        elif lengths is not None:
+            if int(lengths.max()) > steps:
+                raise HorizonError(f"lengths go up to {int(lengths.max())}, and the trajectories have {steps} steps")
+        elif steps != self.horizon:
+            raise HorizonError(
+                f"the trajectories have {steps} decisions, and the pool's {self.horizon}: give lengths= where they "
+                "ended by themselves, or roll out as long"
+            )
+
+    def _ended_in(self) -> Tensor:
+        """States that samples shorter than the horizon ended in."""
+
+        def compute() -> Tensor:
+            short = self.lengths < self.horizon
+            return self.states[short, self.lengths[short]].unique()
+
+        return self._remember(("ended in",), None, compute)
 
     # ------------------------------------------------------------------------------------------------ what is summed
 
@@ -323,14 +413,11 @@ def _density(policy: Policy | WholeLaw, rollouts: Rollouts) -> Tensor:
 
 
 def _visits(table: Tensor, shape: tuple[int, int], pool: Pool) -> tuple[Tensor, Tensor]:
-    states, actions = table[..., 0], table[..., 1].clone()
-    acting = actions >= 0
-    length = acting.sum(-1, keepdim=True)
-    # The no-op of a terminal state, which an episode shorter than the horizon ends in.
-    place = torch.arange(table.shape[-2], device=table.device)
-    no_op = (place == length) & (states >= 0) & (length < pool.horizon)
-    counted = acting | no_op
-    pair = torch.where(counted, states * shape[1] + actions.clamp_min(0), 0)
+    flat = table.reshape(-1, *table.shape[-2:])
+    states, actions, counted = paying(flat[..., 0], flat[..., 1], (flat[..., 1] >= 0).sum(-1), pool.horizon)
+    actions = actions if shape[1] > 1 else torch.zeros_like(actions)  # one column: of states alone
+    pair = torch.where(counted, states * shape[1] + actions, 0)
     used, at = pair.unique(return_inverse=True)
-    counts = torch.zeros(*table.shape[:-2], len(used), dtype=pool.dtype, device=table.device)
-    return counts.scatter_add_(-1, at, counted.to(counts.dtype)), used
+    counts = torch.zeros(len(flat), len(used), dtype=pool.dtype, device=table.device)
+    counts = counts.scatter_add_(-1, at, counted.to(counts.dtype))
+    return counts.reshape(*table.shape[:-2], len(used)), used

@@ -57,7 +57,8 @@ class SampledMaxEntTrajectory(TorchDistribution):
 
     Batch shape ``[*batch, N]``, event shape ``(T + 1, 2)`` or ``(T + 1, ds + da)``: see
     :meth:`pirl.ContinuousTrajectories.as_tensor`. Every trajectory has the length of the pool's, or ended early as
-    some of the pool's did. ``log_prob`` is relative to p(tau): the density's unknown part, the dynamics, is left out.
+    some of the pool's did: numbered ones that were cut before their end are refused, of vectors nobody can tell.
+    ``log_prob`` is relative to p(tau): the density's unknown part, the dynamics, is left out.
 
     Args:
         pool: roll-outs (:class:`pirl.Pool`).
@@ -97,9 +98,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
         if is_checked(self.returns) and bool((self.returns.isnan() | (self.returns == torch.inf)).any()):
             wrong = self.returns.isnan() | (self.returns == torch.inf)
             sample = int(wrong.nonzero()[0, -1])
-            raise InvalidRewardError(
-                f"the reward of sample {sample} of the pool is NaN or +inf: rewards must be finite"
-            )
+            raise InvalidRewardError(f"the reward of sample {sample} of the pool is not finite: rewards must be finite")
         if lengths is not None and not is_transformed(lengths):
             pool.check_lengths(lengths)
         batch = torch.broadcast_shapes(self.returns.shape[:-1], () if lengths is None else lengths.shape)
@@ -132,7 +131,14 @@ class SampledMaxEntTrajectory(TorchDistribution):
         return self.pool.judge(self.log_weights)
 
     def log_prob(self, value: Tensor) -> Float[Tensor, "..."]:
-        """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau)."""
+        """sum_t r(s_t, a_t) - log Z-hat of each trajectory: the log density relative to p(tau).
+
+        Raises:
+            InvalidTrajectoriesError: trajectories of another shape than the pool's.
+            HorizonError: trajectories that are longer than the pool's, or were cut before their end.
+        """
+        if not is_transformed(value):
+            self.pool.check_table(value, self.lengths)
         result = self._returns(value, self.lengths) - self.log_partition
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
@@ -161,12 +167,18 @@ class SampledMaxEntTrajectory(TorchDistribution):
                     f"a reward {tuple(reward.shape)} does not fit the pool: it must be [*batch, {rows or 'S'}, A], or "
                     f"[*batch, {rows or 'S'}, 1]"
                 )
-            num_actions = max(reward.shape[-1], int(pool.actions.max()) + 1)
+            num_actions = reward.shape[-1]  # of r(s) one: the same for every action, whether or not the pool took it
+            taken = pool.actions if table is None or is_transformed(table) else table[..., 1]
+            if 1 < num_actions <= int(taken.max()):
+                raise InvalidRewardError(
+                    f"a reward {tuple(reward.shape)} has no entry for action {int(taken.max())}: it must be "
+                    f"[*batch, {rows or 'S'}, A], or [*batch, {rows or 'S'}, 1]"
+                )
             shape = (reward.shape[-2], num_actions)
             counts, used = pool.visits(table, shape)
             if int(used.max()) >= reward.shape[-2] * num_actions:
                 raise InvalidRewardError(f"a reward {tuple(reward.shape)} has no row for every state of the pool")
-            values = reward.expand(*reward.shape[:-1], num_actions).flatten(-2)[..., used]
+            values = reward.flatten(-2)[..., used]
             counts = counts.to(values.dtype)
             return values @ counts.mT if table is None else (values * counts).sum(-1)
         if pool.tabular:

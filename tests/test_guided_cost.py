@@ -72,6 +72,18 @@ def test_the_lower_rungs() -> None:
     assert weighed.attrs["environment_steps"] * 4 < plain.attrs["environment_steps"]
 
 
+def test_a_constant_feature_moves_nothing() -> None:
+    mdp, features, demos = problem(0.0, num=20)
+    constant = torch.cat([features, torch.full((16, 1), 0.1).double()], 1)
+    options: dict[str, Any] = {"reuse": True, "num_rounds": 5, "num_rollouts": 100}
+    weights = sample_gradient(demos, TabularSimulator(mdp), constant, **options).parameters["weights"]
+    without = sample_gradient(demos, TabularSimulator(mdp), features, **options).parameters["weights"]
+    assert abs(float(weights[3])) < 1e-9
+    fresh = sample_gradient(demos, TabularSimulator(mdp), features, num_rounds=1, num_rollouts=20)
+    assert fresh.attrs["reading"] == "causal"
+    torch.testing.assert_close(weights[:3], without, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["likelihood", "counts", "even"])
 def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -222,6 +234,16 @@ def test_bad_input_is_named() -> None:
         guided_cost(demos, TabularSimulator(narrow), features)
     with pytest.raises(PartitionError, match="run away"):
         guided_cost(demos, TabularSimulator(mdp), features, num_rollouts=3)
+
+
+def test_a_discount_is_refused() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+    simulator = TabularSimulator(pirl.TabularMDP(mdp.transition, mdp.initial, discount=0.7, horizon=STEPS))
+    for method in (guided_cost, adversarial, sample_gradient):
+        with pytest.raises(pirl.errors.DiscountError, match="the simulator's is 0.7"):
+            method(demos, simulator, features, num_rounds=1, num_rollouts=10)
+    with pytest.raises(pirl.errors.DiscountError, match="the simulator's is 0.7"):
+        bayesian_guided_cost(model, demos, simulator, features, num_rollouts=10, progress=False)
 
 
 def test_a_simulator_that_fails_leaves_the_pool_as_it_was() -> None:

@@ -13,7 +13,7 @@ from pirl.envs import gridworld, gridworld_features
 from pirl.errors import OptionError, SimulatorError
 from pirl.linear_gaussian import LinearGaussian
 from pirl.message_passing import messages
-from pirl.particles import TiltedProposal, tilt
+from pirl.particles import TiltedProposal, returns, tilt
 from pirl.partition import reconcile
 from pirl.pool import Pool
 from pirl.simulators import BaseMeasure, Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
@@ -253,6 +253,30 @@ def test_vectors() -> None:
         error = float(exact.std()) * math.sqrt(1 / (4000 * proposal.efficiency) + 1 / 20_000)
         assert abs(float(found.mean() - exact.mean())) < 4 * error
         assert abs(float(found.std() / exact.std()) - 1) < 4 * error / float(exact.std())
+
+
+def test_an_end_pays_wherever_the_last_column_is() -> None:
+    mdp, reward = world(terminal=True)
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(10)
+    plain = roll_out(simulator, base, 300, generator)
+    drawn, proposal = tilt(simulator, learned(mdp, reward), reward, 300, generator, base=base)
+    pool = Pool.of(plain, base, base).add(drawn, proposal)
+    early = (plain.lengths < 5).nonzero().flatten()
+    wide = plain.states[early], plain.actions[early], plain.lengths[early]
+    narrow = wide[0][:, :5], wide[1][:, :4], wide[2]
+    assert int(wide[2].max()) == 4
+    for of in (pool.ratio_of, proposal.log_density, lambda *x: returns(reward, *x, STEPS)):
+        torch.testing.assert_close(of(*narrow), of(*wide), rtol=0, atol=1e-12)
+    told = Rollouts(*narrow[:2], torch.zeros(len(early)), wide[2], horizon=STEPS)
+    torch.testing.assert_close(told.returns(reward), plain.returns(reward)[early], rtol=0, atol=1e-12)
+    # Samples of unequal numbers, with constants that were reconciled, are weighed as demonstrations would be.
+    bad = TiltedProposal(reward, base, proposal.log_partition + 0.3, 0.3, 1.0, STEPS)
+    more, again = tilt(simulator, learned(mdp, reward), reward, 90, generator, base=base)
+    more = more._replace(log_density=bad.log_density(*more[:2], more.lengths))
+    pool = pool.add(more, bad)
+    assert again.horizon == STEPS and float(pool.constants.abs().max()) > 0.1
+    torch.testing.assert_close(pool.ratio_of(pool.states, pool.actions, pool.lengths), pool.log_ratio)
 
 
 def test_bad_input_is_named() -> None:

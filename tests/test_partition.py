@@ -241,6 +241,7 @@ def test_gates() -> None:
     assert untrusted(estimated([1_000.0] * 39 + [10.0], [0.3] * 40), 10) is None  # one draw in forty
     assert untrusted(estimated([1_000.0] * 30 + [10.0] * 10, [0.3] * 40), 10) is not None
     assert trusted_k(100) == pytest.approx(0.5) and trusted_k(10**6) == 0.7
+    assert untrusted(estimated([1_000.0] * 40, [0.3] * 30 + [0.9] * 10), 10) is not None  # the heavy ones tell
     assert untrusted(estimated([math.inf], [math.nan], 10), 1) is not None  # too few for a tail
 
 
@@ -280,3 +281,7 @@ def test_weights_of_another_form_are_refused() -> None:
 def test_counts_of_a_multilevel_estimator_are_checked() -> None:
     with pytest.raises(OptionError, match="num_replicates is 0"):
         multilevel(lambda n: torch.zeros(n), 0)
+    with pytest.raises(OptionError, match="num_replicates is 1, .* at least 2"):
+        multilevel(lambda n: torch.zeros(n), 1)
+    with pytest.raises(PartitionError, match="one half of a replicate"):
+        multilevel(lambda n: torch.where(torch.arange(n) % 4 < 2, -torch.inf, 0.0), 50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 import pirl
+from pirl.baselines import guided_cost
 from pirl.continuous import ContinuousTrajectories
 from pirl.datasets import simulate
 from pirl.diagnose import verdict
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import DataError, HorizonError, InvalidRewardError, InvalidTrajectoriesError, PartitionError
+from pirl.learning import guided_pool
 from pirl.pool import Pool
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
@@ -203,6 +206,9 @@ def test_shorter_episodes_count_their_own_steps() -> None:
     assert demos.states[1, 2].tolist() == demos.states[1, 1].tolist() and demos.actions[1, 1].tolist() == [0.0]
     assert demos[[1]].lengths.tolist() == [1] and demos.unobserved().as_tensor() is None
     assert demos.to(dtype=torch.float32).dtype == torch.float32
+    assert demos.unobserved().dtype == torch.float64
+    listed = ContinuousTrajectories(list(states.numpy()), list(actions.numpy()), lengths=[2, 1])
+    assert torch.equal(listed.states, demos.states) and listed.lengths.tolist() == [2, 1]
 
 
 def test_files(tmp_path: object) -> None:
@@ -266,7 +272,7 @@ def test_bad_input_is_named() -> None:
     pool = sampled(mdp, None, 20)
     with pytest.raises(HorizonError, match="trajectory 1 has 4 decisions, and the pool's have 6"):
         SampledMaxEntTrajectory(pool, reward, lengths=torch.tensor([6, 4]))
-    with pytest.raises(InvalidRewardError, match="NaN"):
+    with pytest.raises(InvalidRewardError, match="not finite"):
         SampledMaxEntTrajectory(pool, torch.full((9, 5), math.nan, dtype=torch.float64))
     with pytest.raises(InvalidRewardError, match="does not fit the pool"):
         SampledMaxEntTrajectory(pool, torch.zeros(2, 5, dtype=torch.float64))
@@ -320,6 +326,64 @@ def test_terminal_states_collect_their_reward_once() -> None:
     without = pirl.MaxEntTrajectory(mdp, 0 * reward, lengths=torch.full((30,), STEPS)).log_prob(table)
     found = SampledMaxEntTrajectory(pool, reward, lengths=lengths).log_prob(table)
     torch.testing.assert_close(found, whole - without, rtol=0, atol=1e-11)
+
+
+def test_what_was_cut_before_its_end_is_refused() -> None:
+    mdp = gridworld(3, 3, slip=0.0, horizon=HORIZON, initial=(0, 0), terminal=[(2, 2)])
+    reward = torch.zeros(9, 5, dtype=torch.float64)
+    reward[8, 0] = 2.0
+    simulator, pool = TabularSimulator(mdp), sampled(mdp, None, 2000)
+    untold = dataclasses.replace(pool, terminal=None, _memo={})
+    whole = roll_out(simulator, base_policy(mdp), 2000, torch.Generator().manual_seed(1)).trajectories()
+    short = whole[(whole.lengths < HORIZON).nonzero().flatten()]
+    cut = pirl.Trajectories(whole.states[:, :3], whole.actions[:, :2])
+    for each in (pool, untold):
+        table = short.as_tensor()
+        assert table is not None and table.shape[1] <= HORIZON
+        lengths = torch.full((len(short),), STEPS)
+        exact = [pirl.MaxEntTrajectory(mdp, x, lengths=lengths).log_prob(table) for x in (reward, 0 * reward)]
+        each_law = SampledMaxEntTrajectory(each, reward, lengths=short.lengths)
+        found = each_law.log_prob(table)
+        found = found + each_law.log_partition - pirl.log_partition(mdp, reward)  # all but log Z is exact
+        torch.testing.assert_close(found, exact[0] - exact[1], rtol=0, atol=1e-11)
+        with pytest.raises(HorizonError, match="trajectory 0 was cut after 2 of 6 decisions, in state"):
+            SampledMaxEntTrajectory(each, reward, lengths=cut.lengths).log_prob(cut.as_tensor())
+    with pytest.raises(HorizonError, match="was cut after 2 of 6 decisions"):
+        guided_cost(cut, simulator, torch.eye(9).double()[:, :2], num_rollouts=2000)
+    with pytest.raises(HorizonError, match="was cut after 2 of 6 decisions"):
+        guided_pool(model, cut, simulator, torch.eye(9).double()[:, :2], num_rollouts=500, progress=False)
+
+
+def test_trajectories_of_another_length_or_shape_are_refused_without_lengths_too() -> None:
+    mdp, features, weights = problem()
+    reward = pirl.linear_reward(features, weights)
+    law = SampledMaxEntTrajectory(sampled(mdp, None, 20), reward)
+    with pytest.raises(HorizonError, match="trajectory 0 has 2 decisions, and the pool's have 6"):
+        law.log_prob(pirl.Trajectories([[0, 0, 0]], [[4, 4]]).as_tensor())
+    rollouts, policy = vectors()
+    by_features = SampledMaxEntTrajectory(
+        Pool.of(rollouts, policy, policy),
+        FeatureReward(features_of, torch.ones(3).double()),  # type: ignore[arg-type]
+    )
+    with pytest.raises(HorizonError, match="have 2 decisions, and the pool's 5"):
+        by_features.log_prob(torch.zeros(4, 3, 3).double())
+    with pytest.raises(InvalidTrajectoriesError, match=r"must be \[\*batch, 6, 3\]"):
+        by_features.log_prob(torch.zeros(4, 6, 2).double())
+
+
+def test_a_reward_of_states_alone_does_not_ask_what_was_done() -> None:
+    mdp, _, _ = problem()
+    base = base_policy(mdp)
+    still = torch.full((9, 5), -math.inf, dtype=torch.float64)
+    still[:, 0] = 0.0
+    only = TabularPolicy(still)
+    pool = Pool.of(roll_out(TabularSimulator(mdp), only, 4), only, base)  # the others were never taken
+    table = pirl.Trajectories([[0] * 7], [[4] * 6]).as_tensor()
+    of_states = torch.arange(9, dtype=torch.float64).add(1).unsqueeze(1)
+    found, expected = (SampledMaxEntTrajectory(pool, x).log_prob(table) for x in (of_states, of_states.expand(9, 5)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    with pytest.raises(InvalidRewardError, match="no entry for action 4"):
+        SampledMaxEntTrajectory(pool, torch.zeros(9, 3).double()).log_prob(table)
 
 
 def lifted_model(demos: ContinuousTrajectories, pool: Pool, network: torch.nn.Module, last_layer: bool) -> None:

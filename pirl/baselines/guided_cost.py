@@ -26,7 +26,6 @@ from pirl.continuous import ContinuousTrajectories
 from pirl.errors import OptionError, PartitionError, check_counts
 from pirl.pool import Features
 from pirl.simulators import Policy
-from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
 
 Demonstrations = Trajectories | ContinuousTrajectories
@@ -149,7 +148,9 @@ def sample_gradient(
     world = make_world(demos, simulator, features, seed, explore, "causal", base, learner)
     world.begin(num_rollouts)
     sums = world.sums()
-    scale = sums.pool.std(0).clamp_min(1e-12)
+    scale = sums.pool.std(0)
+    # A constant feature's spread is rounding noise, and so is its gradient, which must not be blown up by it.
+    scale = torch.where(scale > 1e-6 * sums.pool.abs().amax(0), scale, 1.0)
     weights = torch.zeros_like(scale)
     history: dict[str, list[float]] = {name: [] for name in HISTORY}
     for number in range(1, num_rounds + 1):
@@ -164,7 +165,8 @@ def sample_gradient(
         before, weights = weights, weights + rate / math.sqrt(number) * gradient / scale.square()
         world.record(history, before, newest, value, float((weights - before).norm() / weights.norm()))
     name = "importance-weighted gradient" if reuse else "sample gradient"
-    return world.estimate(name, weights, history, began, {"rate": rate})
+    reading = "trajectory" if reuse else "causal"  # of which fresh samples climb the dual
+    return world.estimate(name, weights, history, began, {"rate": rate, "reading": reading})
 
 
 def _alternate(
@@ -192,8 +194,7 @@ def _alternate(
     if not 0 < least_ess < 1:
         raise OptionError(f"least_ess is {least_ess}, but must be a share between 0 and 1")
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
-    reading: Reading = "trajectory" if getattr(simulator, "discount", 1) == 1 else "causal"
-    world = make_world(demos, simulator, features, seed, explore, reading, base, learner)
+    world = make_world(demos, simulator, features, seed, explore, "trajectory", base, learner)
     newest = world.begin(num_rollouts)
     world.pool.check_support(demos.states, demos.actions, demos.lengths)
     num_features = world.sums().pool.shape[-1]

@@ -20,6 +20,7 @@ from pirl.pool import Features, Pool
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
+from pirl.simulators.playing import require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
@@ -67,6 +68,7 @@ class World:
         self.steps += int(rollouts.lengths.sum())
         self.pool = Pool.of(rollouts, plain, measure)
         self.pool.check_lengths(self.demos.lengths)
+        self.pool.check_ends(self.demos.states, self.demos.lengths)
         return slice(0, num_rollouts)
 
     def extend(self, policy: Policy, num_rollouts: int) -> slice:
@@ -108,8 +110,8 @@ class World:
         sums = self.sums()
         found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
         told = {
-            **attrs,
             "reading": "trajectory",
+            **attrs,
             "log_partition": float(found.log_partition),
             "standard_error": float(found.standard_error),
             "ess": float(found.ess),
@@ -248,8 +250,10 @@ def make_world(
     Raises:
         OptionError: what was given is of another kind than its place; says what belongs there.
         InvalidRewardError: features that are not numbers, or not finite.
+        DiscountError: the simulator has a discount.
     """
     _check_kinds(demos, simulator, features)
+    require_undiscounted(simulator)
     if not isinstance(features, Tensor):
         return VectorWorld(demos, simulator, features, seed, base, learner)
     if not isinstance(simulator, FiniteSimulator):

@@ -29,7 +29,7 @@ from pirl.pool import Pool
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
-from pirl.simulators.playing import Generator
+from pirl.simulators.playing import Generator, require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
 
 if TYPE_CHECKING:
@@ -191,6 +191,8 @@ def guided_pool(
     simulators, watched = (simulator, demos) if several else ([simulator], [demos])
     if len(simulators) != len(watched) or not len(simulators):
         raise OptionError(f"{len(simulators)} simulators do not fit {len(watched)} groups of demonstrations")
+    for each in simulators:
+        require_undiscounted(each)
     generator = torch.Generator().manual_seed(seed)
     if particles and not all(can_tilt(each) for each in simulators):
         raise OptionError("particles=True needs a simulator with reset and step, and vectors that do not end early")
@@ -203,6 +205,8 @@ def guided_pool(
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
+        pool.check_lengths(group.lengths)
+        pool.check_ends(group.states, group.lengths)
         pool.check_support(group.states, group.actions, group.lengths)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
@@ -315,8 +319,7 @@ class _Laws(Messenger):
 
 def _policy_step(simulator: Any, base: Policy, num_rollouts: int) -> PolicyStep:
     if isinstance(simulator, FiniteSimulator):
-        return _updates(SoftQLearner(simulator, reading="trajectory" if simulator.discount == 1 else "causal"),
-                        num_rollouts)  # fmt: skip
+        return _updates(SoftQLearner(simulator, reading="trajectory"), num_rollouts)
     if isinstance(base, GaussianKernel):
         return _updates(LocalLearner(simulator, base), num_rollouts)
     raise OptionError(

@@ -179,7 +179,8 @@ def multilevel(
     """
     if not callable(draw):
         raise OptionError(f"draw is a {type(draw).__name__}: give a function of n that makes n log weights")
-    check_counts(1, num_replicates=num_replicates, base=base)
+    check_counts(2, num_replicates=num_replicates)  # their spread is the standard error
+    check_counts(1, base=base)
     uniform = torch.rand(num_replicates, generator=generator, dtype=torch.float64)
     level = (uniform.log() / math.log(_SHARE_OF_LEVELS)).floor().long()  # geometric
     values, weights = [], []
@@ -194,6 +195,11 @@ def multilevel(
         parts = drawn.unflatten(-1, (count, size))
         halves = log_mean_exp(parts.unflatten(-1, (2, size // 2)))  # [*batch, count, 2]
         probability = (1 - _SHARE_OF_LEVELS) * _SHARE_OF_LEVELS**k
+        if bool((halves == -torch.inf).any()):
+            raise PartitionError(
+                "all weights of one half of a replicate are 0, whose logarithm has no mean: use plain importance "
+                "sampling, or a larger base"
+            )
         correction = log_mean_exp(halves) - halves.mean(-1)
         values.append(log_mean_exp(parts[..., :base]) + correction / probability)
     replicates, everything = torch.cat(values, -1), torch.cat(weights, -1)

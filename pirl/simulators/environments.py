@@ -85,7 +85,7 @@ class GymSimulator:
         seeds = torch.randint(2**31 - 1, (num,), generator=generator).tolist()
         copies = len(self._envs)
         parts = [self._side_by_side(policy, seeds[i : i + copies], generator) for i in range(0, num, copies)]
-        return Rollouts(*(torch.cat(field) for field in zip(*parts, strict=True)))
+        return Rollouts(*(torch.cat(field) for field in zip(*(part[:5] for part in parts), strict=True)))  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Close every copy."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError, SimulatorError
+from pirl.errors import DiscountError, InvalidPolicyError, InvalidRewardError, OptionError, SimulatorError
 from pirl.trajectories import End, Trajectories
 
 Generator = torch.Generator | None
@@ -122,17 +122,17 @@ class Rollouts(NamedTuple):
     """Number of decisions."""
     rewards: Float[Tensor, "num T"] | None = None
     """What a Gymnasium environment paid, which learning must not see; None elsewhere."""
+    horizon: int | None = None
+    """T of the simulator, where these are fewer columns (all ended before); None: as many as there are columns."""
+    terminal: Bool[Tensor, " S"] | None = None
+    """Which numbered states end an episode, where the simulator tells it."""
 
     def pairs(self) -> tuple[Tensor, Tensor, Bool[Tensor, "num T"]]:
         """States and actions ``[num, T, *event]`` that a reward can be asked for, and which of them count.
 
         What does not count is state 0 and action 0 (or a repeated vector); what does includes the no-op.
         """
-        time = torch.arange(self.actions.shape[1], device=self.lengths.device)
-        states, length = self.states[:, :-1], self.lengths.unsqueeze(1)
-        if self.states.is_floating_point():
-            return states, self.actions, time < length
-        return states.clamp_min(0), self.actions.clamp_min(0), time <= length
+        return paying(self.states, self.actions, self.lengths, self.horizon)
 
     def returns(self, reward: Tensor) -> Float[Tensor, "*batch num"]:
         """sum_t r(s_t, a_t) of each episode, the no-op of a terminal state included; differentiable in r.
@@ -162,6 +162,36 @@ class Rollouts(NamedTuple):
         ends: list[End] = ["terminated" if length < horizon else "truncated" for length in self.lengths.tolist()]
         limits = torch.full_like(self.lengths, horizon)
         return Trajectories(self.states, self.actions, self.lengths, ends=ends, limits=limits)
+
+
+def paying(
+    states: Tensor, actions: Tensor, lengths: Int[Tensor, " num"], horizon: int | None = None
+) -> tuple[Tensor, Tensor, Bool[Tensor, "num steps"]]:
+    """States and actions that a reward is paid for, and which of them count: whoever sums rewards asks here.
+
+    Decisions count; so does the no-op of a numbered state that ended an episode before the horizon, even where it is
+    in the last column, as of demonstrations that all ended early. What does not count is state 0 and action 0.
+
+    Args:
+        states: ``[num, T + 1, *event]`` (or T, where the last ones are not known).
+        actions: ``[num, T, *event]``.
+        horizon: T of the simulator; by default the number of actions' columns.
+
+    Example:
+        >>> ended = torch.tensor([[0, 1]]), torch.tensor([[2]]), torch.tensor([1])  # a decision, then the end
+        >>> [paying(*ended, horizon)[2].tolist() for horizon in (1, 8)]
+        [[[True]], [[True, True]]]
+    """
+    steps, length = actions.shape[1], lengths.unsqueeze(1)
+    horizon = steps if horizon is None else horizon
+    if states.is_floating_point():
+        return states[:, :steps], actions, torch.arange(steps, device=lengths.device) < length
+    size = max(steps, min(states.shape[1], horizon))
+    states, time = states[:, :size], torch.arange(size, device=lengths.device)
+    actions = torch.cat([actions, actions.new_zeros(len(actions), size - steps, *actions.shape[2:])], 1)
+    no_op = (time == length) & (states >= 0) & (length < horizon)
+    actions = actions if actions.is_floating_point() else actions.clamp_min(0)
+    return states.clamp_min(0), actions, (time < length) | no_op
 
 
 @torch.no_grad()
@@ -200,7 +230,28 @@ def roll_out(
         following = checked_states(simulator.step(states, actions, generator), len(states), like=states)
         return following, is_terminal(following)
 
-    return play(first, advance, policy, simulator.horizon, generator)
+    played = play(first, advance, policy, simulator.horizon, generator)
+    return played._replace(terminal=known_ends(simulator, played.states))
+
+
+def require_undiscounted(simulator: object) -> None:
+    """Refuse a simulator with a discount where returns are sums: the trajectory reading has none.
+
+    Raises:
+        DiscountError: its discount is not 1.
+    """
+    discount = getattr(simulator, "discount", 1)
+    if discount != 1:
+        raise DiscountError(
+            f"the trajectory reading has no discount, and the simulator's is {discount:g}: make it of a problem with "
+            "discount=1 and a horizon"
+        )
+
+
+def known_ends(simulator: object, states: Tensor) -> Bool[Tensor, " S"] | None:
+    """The simulator's mask of terminal states, where states are numbers and it has one."""
+    found = getattr(simulator, "terminal", None)
+    return found if isinstance(found, Tensor) and not states.is_floating_point() else None
 
 
 def log_density(
