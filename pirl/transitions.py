@@ -154,7 +154,7 @@ class TransitionMap(SparseMap):
     def eliminations(self) -> tuple[Elimination | None, Elimination | None]:
         """How ``I - M`` with these entries is eliminated, and its transpose; None where a dense solve is cheaper."""
         state, column = self.pattern[:2]
-        budget = _dense_cost(self.num_states, MANY)
+        budget = _dense_cost(self.num_states, MANY) / 2  # a single chain takes longer: it must be worth it
         return (
             find_elimination(state, column, self.num_states, budget),
             find_elimination(column, state, self.num_states, budget),
@@ -294,11 +294,11 @@ def solve_system(
 
 
 def _solve(transitions: TransitionMap, weight: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    states, chains = b.shape
-    if states <= DENSE_STATES:
-        # Elimination is thousands of small operations, each a launch on a GPU.
-        order = transitions.eliminations[transpose] if b.device.type == "cpu" and chains > 1 else None
-        if order is not None and order.cost(chains) < _dense_cost(states, chains):
+    if transitions.num_states <= DENSE_STATES:
+        # Elimination is hundreds of small operations, each a launch on a GPU. Whether it is used does not depend on the
+        # number of chains: near g = 1 two methods differ by more than rounding, and one chain must get what many get.
+        order = transitions.eliminations[transpose] if b.device.type == "cpu" else None
+        if order is not None:
             return order.solve(transitions.pattern[2].apply(weight), b)
         return _solve_dense(transitions, weight, b, transpose)
     x = _solve_iterated(transitions, weight, b, transpose)
