@@ -63,7 +63,8 @@ class SampledMaxEntTrajectory(TorchDistribution):
     Args:
         pool: roll-outs (:class:`pirl.Pool`).
         reward: a table ``[*batch, S, A]`` or ``[*batch, S, 1]`` for numbered states; a :class:`FeatureReward`; or any
-            function from states ``[J, T, ds]`` and actions ``[J, T, da]`` to ``[*batch, J, T]``, such as a network.
+            function from states ``[J, T, ds]`` and actions ``[J, T, da]`` to ``[J, T]``, such as a network, or to
+            ``[*batch, 1, J, T]`` where it stands for many rewards beside the plate of the trajectories.
         lengths: number of decisions of each trajectory ``[N]``.
 
     Raises:
@@ -189,4 +190,14 @@ class SampledMaxEntTrajectory(TorchDistribution):
             sums = pool.feature_sums(reward.features, table, lengths).to(reward.weights)
             return reward.weights @ sums.mT if table is None else (reward.weights * sums).sum(-1)
         states, actions, counted = pool.decisions(table, lengths)
-        return (reward(states, actions) * counted).sum(-1)
+        found = (reward(states, actions) * counted).sum(-1)
+        if table is None or found.dim() <= states.dim() - 2:
+            return found
+        # Of a batch of rewards the dim of the plate is 1, and trajectories stand in one of their own behind it.
+        if found.shape[-2] != 1:
+            batch = tuple(found.shape[:-1])
+            raise InvalidRewardError(
+                f"a function of rewards with batch {batch} must keep a dim of 1 for the plate: let it return "
+                f"[*{batch}, 1, J, T], as weights [*batch, 1, K] do"
+            )
+        return found.squeeze(-2)

@@ -285,3 +285,19 @@ def test_counts_of_a_multilevel_estimator_are_checked() -> None:
         multilevel(lambda n: torch.zeros(n), 1)
     with pytest.raises(PartitionError, match="one half of a replicate"):
         multilevel(lambda n: torch.where(torch.arange(n) % 4 < 2, -torch.inf, 0.0), 50)
+
+
+def test_particles_that_share_ancestors_are_not_counted_twice() -> None:
+    """Resampled often, their final weights are even, and say nothing of how far Z-hat is off."""
+    walk = Particles(
+        reset=lambda shape: (torch.zeros(shape), torch.zeros(shape)),
+        propose=lambda t, states: (torch.randn_like(states), torch.zeros_like(states)),
+        step=lambda t, states, actions: (actions, torch.zeros_like(states)),
+        reward=lambda t, states, actions: 1.5 * actions,
+    )
+    torch.manual_seed(0)
+    found = smc(walk, num_steps=30, num_particles=50, num_runs=64)
+    assert found.ess <= 1 / found.standard_error**2 * (1 + 1e-5)
+    assert found.ess < 20  # their final weights alone say a hundred
+    assert smc(walk, num_steps=3, num_particles=50, num_runs=1).standard_error.isnan()
+    assert importance(torch.zeros(2, 1)).standard_error.isnan().all()

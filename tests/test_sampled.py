@@ -432,3 +432,45 @@ def test_the_last_layer_alone_is_a_linear_reward() -> None:
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["net_2_weight"]
     with pytest.raises(InvalidRewardError, match="no parameters"):
         pirl.lifted_network("net", torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_functions_of_many_rewards_are_functions_of_each(count: int) -> None:
+    """As many rewards as trajectories, or not; without a dim for the plate they would meet the trajectories."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(40, 6, 2, generator=generator, dtype=torch.float64)
+    actions = torch.randn(40, 5, 1, generator=generator, dtype=torch.float64)
+    weights = torch.randn(count, 3, generator=generator, dtype=torch.float64)
+    base = Standard()
+    log_prob = sum(base.log_prob(states[:, t], actions[:, t], t) for t in range(5))
+    pool = Pool.of(Rollouts(states, actions, log_prob, torch.full((40,), 5)), base, base)
+    demos = pirl.ContinuousTrajectories(states[:3], actions[:3])
+
+    def many(states: Tensor, actions: Tensor) -> Tensor:
+        return (squares(states, actions) * weights[:, None, None, None, :]).sum(-1)
+
+    law = SampledMaxEntTrajectory(pool, many, lengths=demos.lengths)
+    found = law.log_prob(demos.as_tensor())
+    assert found.shape == (count, 3)
+    for own, expected in zip(weights, found, strict=True):
+        one = SampledMaxEntTrajectory(pool, lambda s, a, w=own: squares(s, a) @ w, lengths=demos.lengths)
+        torch.testing.assert_close(one.log_prob(demos.as_tensor()), expected, rtol=1e-12, atol=1e-12)
+    linear = SampledMaxEntTrajectory(pool, FeatureReward(squares, weights[:, None]), lengths=demos.lengths)
+    torch.testing.assert_close(linear.log_prob(demos.as_tensor()), found, rtol=1e-12, atol=1e-12)
+    with pytest.raises(InvalidRewardError, match="must keep a dim of 1 for the plate"):
+        bare = SampledMaxEntTrajectory(pool, lambda s, a: many(s, a).squeeze(1))
+        bare.log_prob(demos.as_tensor())
+
+
+class Standard:
+    """Normal actions, wherever."""
+
+    def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(len(states), 1, generator=generator, dtype=torch.float64)
+
+    def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
+        return dist.Normal(0.0, 1.0).log_prob(actions).sum(-1)
+
+
+def squares(states: Tensor, actions: Tensor) -> Tensor:
+    return torch.cat([states, actions.square()], -1)

@@ -22,8 +22,9 @@ class PartitionEstimate(NamedTuple):
 
     Attributes:
         log_partition: log Z-hat, in nats.
-        standard_error: its first-order standard error, CV / sqrt(N) (the bias is about minus half its square).
-        ess: effective number of samples, (sum w)^2 / sum w^2.
+        standard_error: its first-order standard error, CV / sqrt(N) (the bias is about minus half its square); NaN of a
+            single sample or run.
+        ess: effective number of samples, (sum w)^2 / sum w^2; of sequential Monte Carlo at most 1 / standard_error^2.
         pareto_k: tail index of the weights (Vehtari et al. 2024); -inf for constant weights, NaN for too few of them.
         num_samples: N.
 
@@ -149,8 +150,10 @@ def check_log_weights(log_weights: Tensor) -> None:
 
 
 def spread(log_weights: Float[Tensor, "*batch N"]) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Effective sample size, and the coefficient of variation."""
+    """Effective sample size, and the coefficient of variation, NaN of a single one."""
     log_weights = log_weights.detach()
     ess = 1 / log_weights.softmax(-1).square().sum(-1)
     count = log_weights.shape[-1]
-    return ess, ((count / ess - 1).clamp(min=0) * count / max(count - 1, 1)).sqrt()
+    if count == 1:
+        return ess, torch.full_like(ess, torch.nan)
+    return ess, ((count / ess - 1).clamp(min=0) * count / (count - 1)).sqrt()

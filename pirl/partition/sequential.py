@@ -64,7 +64,7 @@ def smc(
         particles: the laws to draw from.
         num_steps: T.
         num_particles: n of each run.
-        num_runs: independent runs.
+        num_runs: independent runs; of one alone the standard error is NaN.
         threshold: resample (systematically) where the effective share of particles falls below it.
         generator: of the resampling.
 
@@ -85,10 +85,13 @@ def smc(
     weight = runs.log_weights.softmax(-1) * runs.log_partition.softmax(-1)[:, None]
     through = (weight * runs.returns).sum()
     _, relative = spread(runs.log_partition)
+    error = relative / math.sqrt(num_runs)
+    # Particles that share ancestors are fewer than their weights say: not more than the spread of the runs shows.
+    ess = torch.fmin(1 / weight.square().sum(), 1 / error.square())
     return PartitionEstimate(
         log_mean_exp(runs.log_partition) + (through - through.detach()),
-        relative / math.sqrt(num_runs),
-        1 / weight.square().sum(),
+        error,
+        ess,
         pareto_k(runs.log_weights.log_softmax(-1).flatten()),
         num_runs * num_particles,
     )
