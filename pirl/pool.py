@@ -19,6 +19,9 @@ from pirl.simulators.playing import paying
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
 
+_ROUNDING = 1e-3
+"""Share of a log density by which a policy may differ from itself: networks are in single precision."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -69,10 +72,12 @@ class Pool:
 
         Raises:
             OptionError: the roll-outs are none.
-            PartitionError: a roll-out has density 0, NaN or infinity under its own policy.
+            PartitionError: a roll-out has density 0, NaN or infinity under its own policy, or another density than when
+                it was played.
         """
         if not isinstance(rollouts, Rollouts):
             raise OptionError(f"rollouts is a {type(rollouts).__name__}: give what roll_out returned, then its policy")
+        _check_player(rollouts, policy)
         log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
         pool = cls(
             rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
@@ -93,7 +98,7 @@ class Pool:
 
         Raises:
             InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
-            PartitionError: a density is NaN or infinite.
+            PartitionError: a density is NaN or infinite, or another one than when the roll-out was played.
         """
         if rollouts.states.shape[1:] != self.states.shape[1:] or rollouts.actions.shape[1:] != self.actions.shape[1:]:
             raise InvalidTrajectoriesError(
@@ -101,6 +106,7 @@ class Pool:
                 f"{tuple(rollouts.actions.shape[1:])} do not fit a pool with {tuple(self.states.shape[1:])} and "
                 f"{tuple(self.actions.shape[1:])}"
             )
+        _check_player(rollouts, policy)
         log_base = torch.zeros_like(rollouts.log_density) if self.base is None else _density(self.base, rollouts)
         under_old = torch.stack([self._under(old, rollouts, log_base) for old in self.policies])
         old = Rollouts(self.states, self.actions, self.log_base, self.lengths)
@@ -148,11 +154,15 @@ class Pool:
     @property
     def num_states(self) -> int | None:
         """S, where a table of the base measure or of a policy tells it."""
+        return None if self._sizes is None else self._sizes[0]
+
+    @property
+    def _sizes(self) -> tuple[int, int] | None:
         for law in (self.base, *self.policies):
             for name in ("log_prior", "log_policy"):
                 table = getattr(law, name, None)
                 if self.tabular and isinstance(table, Tensor):
-                    return int(table.shape[-2])
+                    return int(table.shape[-2]), int(table.shape[-1])
         return None
 
     @property
@@ -241,12 +251,19 @@ class Pool:
         return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
 
     def check_support(self, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
-        """Refuse demonstrations that no policy of the pool could have made.
+        """Refuse demonstrations that no policy of the pool could have made, or that the base measure rules out.
 
         Raises:
             PartitionError: names the first such demonstration.
         """
         states, actions = self._widened(states, actions)
+        if self.base is not None:
+            ruled_out = log_density(self.base, states, actions, lengths) == -torch.inf
+            if bool(ruled_out.any()):
+                raise PartitionError(
+                    f"demonstration {int(ruled_out.nonzero()[0])} has probability 0 under the base measure: it takes "
+                    "an action that is not available there"
+                )
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         missed = (under == -torch.inf).all(0)
         if bool(missed.any()):
@@ -317,8 +334,10 @@ class Pool:
             lengths: of trajectories of vectors; by default all of the table. Numbered ones tell it themselves.
 
         Raises:
-            InvalidTrajectoriesError: another shape than the samples'.
+            InvalidTrajectoriesError: another shape than the samples', or a state or action that there is not.
             HorizonError: another length than the samples', or trajectories that were cut before their end.
+            PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability: of
+                these the samples say nothing, however good the estimate of log Z looks.
         """
         self._remember(("checked", id(lengths)), table, lambda: self._check_table(table, lengths), lengths)
 
@@ -332,6 +351,7 @@ class Pool:
         steps = table.shape[-2] - 1
         if self.tabular:
             lengths = (table[..., 1] >= 0).sum(-1)
+            self._check_range(table)
             self.check_lengths(lengths)
             self.check_ends(table[..., 0], lengths)
         elif lengths is not None:
@@ -342,6 +362,23 @@ class Pool:
                 f"the trajectories have {steps} decisions, and the pool's {self.horizon}: give lengths= where they "
                 "ended by themselves, or roll out as long"
             )
+
+        size = self.states.shape[-1]
+        flat = table.reshape(-1, *table.shape[-2:])
+        states, actions = (flat[..., 0], flat[:, :-1, 1]) if self.tabular else (flat[..., :size], flat[:, :-1, size:])
+        if lengths is None:
+            lengths = torch.full((), steps, device=table.device)
+        self.check_support(states, actions, lengths.expand(table.shape[:-2]).reshape(-1))
+
+    def _check_range(self, table: Tensor) -> None:
+        """Name a state or an action beyond those of the problem, where a table of the base or of a policy tells."""
+        for what, column, size in zip(("state", "action"), table.unbind(-1), self._sizes or (), strict=False):
+            if bool((column >= size).any()):
+                where = (column >= size).nonzero()[0].tolist()
+                raise InvalidTrajectoriesError(
+                    f"trajectory {where[-2]}, step {where[-1]}: {what} {int(column[tuple(where)])} is out of range, of "
+                    f"{size} {what}s"
+                )
 
     def _ended_in(self) -> Tensor:
         """States that samples shorter than the horizon ended in."""
@@ -406,6 +443,20 @@ def encode(states: Tensor, actions: Tensor) -> Tensor:
     actions = actions.unsqueeze(-1) if actions.dim() == 2 else actions
     actions = actions.to(states.dtype)
     return torch.cat([states, torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)], -1)
+
+
+def _check_player(rollouts: Rollouts, policy: Policy | WholeLaw) -> None:
+    """Refuse a policy that did not play the roll-outs: their weights would be another policy's."""
+    if isinstance(policy, WholeLaw):
+        return
+    found, played = _density(policy, rollouts), rollouts.log_density
+    off = (found - played).abs() > _ROUNDING * (1 + played.abs())
+    if bool(off.any()):
+        first = int(off.nonzero()[0])
+        raise PartitionError(
+            f"roll-out {first} was played with log density {float(played[first]):.4g}, and has "
+            f"{float(found[first]):.4g} under the policy given with it: give the policy that played it"
+        )
 
 
 def _density(policy: Policy | WholeLaw, rollouts: Rollouts) -> Tensor:

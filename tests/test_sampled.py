@@ -374,7 +374,7 @@ def test_trajectories_of_another_length_or_shape_are_refused_without_lengths_too
 def test_a_reward_of_states_alone_does_not_ask_what_was_done() -> None:
     mdp, _, _ = problem()
     base = base_policy(mdp)
-    still = torch.full((9, 5), -math.inf, dtype=torch.float64)
+    still = torch.full((9, 5), -100.0, dtype=torch.float64)  # possible, and never seen
     still[:, 0] = 0.0
     only = TabularPolicy(still)
     pool = Pool.of(roll_out(TabularSimulator(mdp), only, 4), only, base)  # the others were never taken
@@ -432,6 +432,37 @@ def test_the_last_layer_alone_is_a_linear_reward() -> None:
     assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["net_2_weight"]
     with pytest.raises(InvalidRewardError, match="no parameters"):
         pirl.lifted_network("net", torch.nn.Tanh())
+
+
+def test_what_the_pool_says_nothing_of_is_refused() -> None:
+    """However many samples agree about a log Z that leaves the demonstrations out."""
+    mdp, features, weights = problem()
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    demos = simulate(mdp, pirl.linear_reward(features, weights), num_episodes=4, length=STEPS, seed=1)
+    table = torch.full((mdp.num_states, mdp.num_actions), -torch.inf, dtype=torch.float64)
+    table[:, 3:] = -math.log(2)
+    narrow = TabularPolicy(table)
+    played = roll_out(TabularSimulator(mdp), narrow, 50, generator)
+    reward = pirl.linear_reward(features, torch.zeros(2, dtype=torch.float64))
+
+    def scored(pool: Pool, table: Tensor) -> Tensor:
+        return SampledMaxEntTrajectory(pool, reward, lengths=demos.lengths).log_prob(table)
+
+    with pytest.raises(PartitionError, match="probability 0 under every policy of the pool"):
+        scored(Pool.of(played, narrow, base), demos.as_tensor())
+    with pytest.raises(PartitionError, match="probability 0 under the base measure"):
+        scored(Pool.of(roll_out(TabularSimulator(mdp), base, 50, generator), base, narrow), demos.as_tensor())
+    whole = Pool.of(roll_out(TabularSimulator(mdp), base, 50, generator), base, base)
+    assert scored(whole, demos.as_tensor()).isfinite().all()
+    for column, what in ((0, "state 40"), (1, "action 40")):
+        wrong = demos.as_tensor().clone()
+        wrong[2, 3, column] = 40
+        with pytest.raises(InvalidTrajectoriesError, match=f"trajectory 2, step 3: {what} is out of range"):
+            scored(whole, wrong)
+    # Roll-outs of one policy, said to be another's.
+    for make in (lambda: Pool.of(played, base, base), lambda: whole.add(played, base)):
+        with pytest.raises(PartitionError, match="roll-out 0 was played with log density"):
+            make()
 
 
 @pytest.mark.parametrize("count", [3, 5])
