@@ -287,7 +287,7 @@ def test_bad_input_is_named() -> None:
     demos = simulate(mdp, reward, 3, STEPS)
     with pytest.raises(PartitionError, match="demonstration 0 has probability 0 under every policy"):
         narrow.check_support(demos.states, demos.actions, demos.lengths)
-    with pytest.raises(PartitionError, match="density 0 under every proposal"):
+    with pytest.raises(PartitionError, match="was played with log density"):
         Pool.of(roll_out(TabularSimulator(mdp), base_policy(mdp), 5), only_up)
     rollouts, policy = vectors()
     with pytest.raises(InvalidRewardError, match="needs numbered states"):
