@@ -226,7 +226,8 @@ def calibrate(
         "num_draws": num_draws, "num_replicates": len(found),
     }  # fmt: skip
     if engine == "chees":
-        attrs["sampler"] = "chees" if rows.batch == 1 else "HMC of all replicates at once, with chees' transition"
+        ways = ["HMC of many replicates at once, with chees' transition"] * rows.together + ["chees"] * rows.apart
+        attrs["sampler"] = "; ".join(ways)
     if said := [f"replicate {number}: {reason}" for number, reason in rows.reasons.items() if number < num_replicates]:
         attrs["failures"] = "; ".join(said[:3])
     used = {dim for group in groups.values() for layout, _ in group.values() for dim in layout}
@@ -270,6 +271,8 @@ class _Rows:
         self.spare: list[np.ndarray] = []
         """What a file has of a study of more replicates, which it keeps."""
         self.reasons: dict[int, str] = {}
+        self.together = self.apart = False
+        """Whether some were sampled at once, and some one by one."""
         self.unsaved = False
 
     def fill(
@@ -324,9 +327,11 @@ class _Rows:
             return False
         for found in results:
             self._keep(found)
+        self.together = True
         return True
 
     def _add(self, one: Callable[[int], Comparison], number: int) -> None:
+        self.apart = True
         try:
             self._keep(one(number))
         except PirlError as error:
@@ -360,6 +365,7 @@ class _Rows:
             told = json.loads(arrays["layout"].item())
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
             self.batch = min(self.batch, told["batch"])
+            self.together, self.apart = told["together"], told["apart"]
             saved = len(arrays["rows"])
             # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
             kept = len(self.numbers) if saved >= len(self.numbers) else saved // self.batch * self.batch
@@ -368,7 +374,8 @@ class _Rows:
         return checkpoint
 
     def _arrays(self) -> Arrays:
-        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, "batch": self.batch})
+        ways = {"batch": self.batch, "together": self.together, "apart": self.apart}
+        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, **ways})
         rows = np.stack([*self.done, *self.spare])
         return {"step": np.array(len(rows)), "rows": rows, "layout": np.array(layout)}
 

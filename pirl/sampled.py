@@ -137,6 +137,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
         Raises:
             InvalidTrajectoriesError: trajectories of another shape than the pool's.
             HorizonError: trajectories that are longer than the pool's, or were cut before their end.
+            PartitionError: trajectories that no policy of the pool, or not the base measure, could have made.
         """
         if not is_transformed(value):
             self.pool.check_table(value, self.lengths)
