@@ -30,7 +30,7 @@ MANY = 256
 
 
 @dataclass(frozen=True)
-class Level:
+class _Level:
     """Pivots that do not meet each other, as slices of the entries and places among them."""
 
     pivot: slice
@@ -64,9 +64,17 @@ class Elimination:
         diagonal: state -> where its diagonal entry stands.
         side: state -> where its right-hand side, and then its solution, stands.
         products: how many there are in all.
+
+    Example:
+        >>> import torch
+        >>> from pirl.elimination import find_elimination
+        >>> elimination = find_elimination(torch.tensor([0, 1]), torch.tensor([1, 0]), num_states=2, budget=1e4)
+        >>> m = torch.tensor([[0.5], [0.5]])  # M = [[0, .5], [.5, 0]], one chain
+        >>> elimination.solve(m, torch.tensor([[0.5], [0.5]])).flatten()
+        tensor([1., 1.])
     """
 
-    levels: tuple[Level, ...]
+    levels: tuple[_Level, ...]
     size: int
     entry: Int[Tensor, " nnz"]
     diagonal: Int[Tensor, " S"]
@@ -107,6 +115,14 @@ def find_elimination(
         row, column: of the entries of M, each pair once.
         num_states: S.
         budget: what a solve may cost.
+
+    Example:
+        >>> import torch
+        >>> from pirl.elimination import find_elimination
+        >>> row, column = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 2])  # a chain that leads to a state that stays
+        >>> elimination = find_elimination(row, column, num_states=3, budget=1e4)
+        >>> len(elimination.levels), elimination.products
+        (2, 1)
     """
     place = list(zip(row.tolist(), column.tolist(), strict=True))
     best: list[list[_Pivot]] | None = None
@@ -190,7 +206,7 @@ def _laid_out(
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    steps, total = list[Level](), 0
+    steps, total = list[_Level](), 0
     for level, (pivot, below, right, sides) in zip(levels, slices, strict=True):
         products = [
             (where[i, p.state] - below.start, where[p.state, j] - right.start, where[i, j])
@@ -200,7 +216,7 @@ def _laid_out(
         owner = {p.state: n for n, p in enumerate(level)}
         columns = [(owner[p.state], j) for p in level for j in p.right]
         steps.append(
-            Level(
+            _Level(
                 pivot, below, right, sides,
                 below_owner=index([owner[p.state] for p in level for _ in p.below]),
                 right_owner=index([n for n, _ in columns]),
