@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pirl.errors import HorizonError, InvalidRewardError, MissingDependencyError, OptionError, SimulatorError
+from pirl.simulators import Policy
 from pirl.simulators.playing import Generator
 
 try:
     import gymnasium
     from stable_baselines3 import PPO, SAC
     from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
     from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
@@ -50,6 +52,8 @@ _WIDEST = 1e6
 """What a Gaussian is clipped to before it is squashed: never met."""
 _EDGE = 1e-9
 """An action nearer to the end of its range than this share has the density of one just so near."""
+_ONE_POLICY = 256
+"""SAC's policy changes with every row of decisions; so many in a row count as one policy's."""
 
 
 class Transitions(NamedTuple):
@@ -94,6 +98,22 @@ class DeepPolicy:
     def log_prob(self, states: Tensor, actions: Tensor, step: int = 0) -> Float[Tensor, " n"]:
         """log pi(a|s) in float64; -inf outside the range."""
         return self._actions.log_prob(_parameters(self._network, states), actions).to(states.device)
+
+
+class _Anywhere:
+    """Any action in the range is as likely: what SAC does before it begins to learn."""
+
+    def __init__(self, actions: _Actions) -> None:
+        self._actions = actions
+
+    def sample(self, states: Tensor, step: int = 0, generator: Generator = None) -> Tensor:
+        share = torch.rand(len(states), len(self._actions.half), generator=generator, dtype=torch.float64)
+        return self._actions.centre + self._actions.half * (2 * share - 1)
+
+    def log_prob(self, states: Tensor, actions: Tensor, step: int = 0) -> Float[Tensor, " n"]:
+        share = (actions.reshape(len(states), -1).double() - self._actions.centre) / self._actions.half
+        height = -(2 * self._actions.half).log().sum()
+        return height.expand(len(states)).masked_fill((share.abs() > 1 + _EDGE).any(-1), -torch.inf)
 
 
 class StableBaselines:
@@ -192,6 +212,8 @@ class StableBaselines:
             self._random = _random_state()
             _set_random_state(theirs)
         self._model.set_logger(Logger(folder=None, output_formats=[]))
+        self._players: list[tuple[int, Policy]] = []
+        """Rows of copies before one of them played, and who."""
 
     @property
     def steps_taken(self) -> int:
@@ -210,6 +232,24 @@ class StableBaselines:
             OptionError: there was none.
         """
         return self._played.transitions()
+
+    def played(self) -> list[tuple[Policy, Transitions]]:
+        """Those of the last :meth:`improve`, in order, each beside the policy that made them.
+
+        PPO plays whole batches with one policy. SAC's changes with each row of decisions: 256 in a row count as made by
+        the first of theirs, and what SAC does before it begins to learn (``learning_starts``) is uniform.
+
+        Raises:
+            OptionError: there was none.
+        """
+        step, copies = self._played.transitions(), self._played.num_envs
+        starts = [copies * start for start, _ in self._players]
+        ends = [*starts[1:], len(step.states)]
+        return [
+            (policy, Transitions(*(field[start:end] for field in step)))
+            for (_, policy), start, end in zip(self._players, starts, ends, strict=True)
+            if end > start
+        ]
 
     @property
     def policy(self) -> DeepPolicy:
@@ -238,9 +278,10 @@ class StableBaselines:
             raise OptionError(f"num_steps is {num_steps}; it must be at least 1")
         self._rewarded.reward, self._rewarded.potential = reward, potential
         self._played.seen.clear()
+        self._players.clear()
         try:
             with self._own_randomness():
-                self._model.learn(num_steps, reset_num_timesteps=False)
+                self._model.learn(num_steps, _Turns(self._takes_over), reset_num_timesteps=False)
         except BaseException:
             self._model._last_obs = None  # every copy starts anew
             raise
@@ -249,6 +290,18 @@ class StableBaselines:
     def close(self) -> None:
         """Close every copy."""
         self._played.close()
+
+    def _takes_over(self) -> None:
+        """Note who plays from now on."""
+        rows, model = len(self._played.seen), self._model
+        if not self._played.pays and model.num_timesteps < model.learning_starts:
+            if not self._players:
+                self._players.append((rows, _Anywhere(self._actions)))
+            return
+        start, newest = self._players[-1] if self._players else (0, None)
+        grown_old = (rows - start) * self._played.num_envs >= _ONE_POLICY
+        if self._played.pays or grown_old or not isinstance(newest, DeepPolicy):
+            self._players.append((rows, self.policy))
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
@@ -260,6 +313,20 @@ class StableBaselines:
         finally:
             self._random = _random_state()
             _set_random_state(theirs)
+
+
+class _Turns(BaseCallback):
+    """Tells when decisions begin to be made."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        super().__init__()
+        self._begin = begin
+
+    def _on_rollout_start(self) -> None:
+        self._begin()
+
+    def _on_step(self) -> bool:
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------- actions

@@ -43,15 +43,19 @@ class Table:
 
 
 class Exact:
-    """A learner of one decision that knows the answer: pi proportional to exp r. Or one that never learns."""
+    """A learner of one decision that knows the answer: pi proportional to exp r.
 
-    def __init__(self, lazy: bool = False) -> None:
-        self.horizon, self.discount, self.num_actions, self.lazy = 1, 0.9, 3, lazy
-        self.steps_taken, self.played = 0, Played(*[torch.zeros(0)] * 4)
+    Or one that never learns ("lazy"); or that learns, but plays as if it did not ("late": it acts before it learns).
+    """
+
+    def __init__(self, way: str = "exact", ended: bool = False, beyond: float = 0.0) -> None:
+        self.horizon, self.discount, self.num_actions, self.way = 1, 0.9, 3, way
+        self.ended, self.beyond = ended, beyond
+        self.steps_taken, self.blocks = 0, list[tuple[Any, Played]]()
         self.generator = torch.Generator().manual_seed(1)
 
-    def transitions(self) -> Played:
-        return self.played
+    def played(self) -> list[tuple[Any, Played]]:
+        return self.blocks
 
     def improve(
         self,
@@ -63,10 +67,15 @@ class Exact:
         contexts = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
         with torch.no_grad():
             worth = torch.stack([reward(contexts, torch.full((2,), a)) for a in range(3)], 1)
-        policy = Table((0 * worth if self.lazy else worth).log_softmax(1))
+        policy = Table((0 * worth if self.way == "lazy" else worth).log_softmax(1))
+        player = Table((0 * worth).log_softmax(1)) if self.way == "late" else policy
         states = contexts[torch.randint(2, (num_steps,), generator=self.generator)]
-        actions = policy.sample(states, 0, self.generator)
-        self.played = Played(states, actions, states, torch.zeros(num_steps, dtype=torch.bool))
+        actions = player.sample(states, 0, self.generator)
+        ended = torch.full((num_steps,), self.ended)
+        following = states + self.beyond
+        half = num_steps // 2
+        whole = Played(states, actions, following, ended)
+        self.blocks = [(player, Played(*(x[part] for x in whole))) for part in (slice(half), slice(half, None))]
         self.steps_taken += num_steps
         return policy
 
@@ -85,13 +94,14 @@ def log_odds(reward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return torch.stack([reward(contexts, torch.full((2,), a)) for a in range(3)], 1).log_softmax(1)
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-def test_the_reward_is_the_log_density_of_the_demonstrators(lazy: bool) -> None:
+@pytest.mark.parametrize("way", ["exact", "lazy", "late"])
+def test_the_reward_is_the_log_density_of_the_demonstrators(way: str) -> None:
     # f - log pi is the log ratio of densities whatever pi is, so exp f is the demonstrators' policy also where the
-    # learner never learns. The policy's side has 8192 decisions: a log odds of 0.1 and 0.6 has the standard error
-    # sqrt(1/410 + 1/2460) = 0.05 (and the discriminator follows the last few rounds, each with its own).
+    # learner never learns, or where it has learnt since it played: pi is who played. The policy's side has 8192
+    # decisions: a log odds of 0.1 and 0.6 has the standard error sqrt(1/410 + 1/2460) = 0.05 (and the discriminator
+    # follows the last few rounds, each with its own).
     found = airl(
-        demonstrations(), Exact(lazy), 60 * 1024, steps_per_round=1024, batch_size=1024, learning_rate=3e-3, **SMALL
+        demonstrations(), Exact(way), 60 * 1024, steps_per_round=1024, batch_size=1024, learning_rate=3e-3, **SMALL
     )
     torch.testing.assert_close(log_odds(found.reward), CHANCES.log(), rtol=0, atol=4 * 0.05)
     # f itself is normalised: h takes up what r leaves over.
@@ -100,7 +110,7 @@ def test_the_reward_is_the_log_density_of_the_demonstrators(lazy: bool) -> None:
     total = (values + (0.9 - 1) * found.potential(contexts).unsqueeze(1)).exp().sum(1)
     torch.testing.assert_close(total, torch.ones(2).double(), rtol=0, atol=4 * 0.05)
     loss = found.history["loss"][-1]
-    if lazy:
+    if way != "exact":
         # Nobody imitates: the loss is that of the best discriminator, 2 log 2 - 2 JS(demonstrators, uniform).
         middle = (CHANCES + 1 / 3) / 2
         best = -((CHANCES * (CHANCES / (2 * middle)).log()).sum(1) + ((1 / 3) * (1 / 3 / (2 * middle)).log()).sum(1))
@@ -117,10 +127,18 @@ def test_a_reward_of_states_knows_no_actions_and_penalties_flatten() -> None:
     found = airl(demonstrations(), Exact(), state_only=True, **few)
     torch.testing.assert_close(log_odds(found.reward), torch.full((2, 3), 1 / 3).double().log())
     spread = [
-        float(log_odds(airl(demonstrations(), Exact(True), **few, **options).reward).std(1).mean())
+        float(log_odds(airl(demonstrations(), Exact("lazy"), **few, **options).reward).std(1).mean())
         for options in ({}, {"gradient_penalty": 0.3}, {"gradient_penalty": 3.0}, {"weight_decay": 0.1})
     ]
     assert spread[0] > 1.2 * spread[1] > 1.2**2 * spread[2] and spread[0] > 1.2 * spread[3]
+
+
+def test_what_follows_an_end_counts_for_nothing() -> None:
+    few = {"num_steps": 3 * 500, "steps_per_round": 500, "batch_size": 256, "learning_rate": 1e-2, **SMALL}
+    ends = [airl(demonstrations(100), Exact("lazy", True, beyond), **few) for beyond in (0.0, 0.7)]
+    goes_on = [airl(demonstrations(100), Exact("lazy", False, beyond), **few) for beyond in (0.0, 0.7)]
+    assert log_odds(ends[0].reward).equal(log_odds(ends[1].reward))
+    assert not log_odds(goes_on[0].reward).equal(log_odds(goes_on[1].reward))
 
 
 def test_a_seed_says_everything() -> None:
@@ -149,6 +167,11 @@ def test_what_cannot_be_is_refused() -> None:
             airl(demos, Exact(), **options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="gradient_penalty=-1"):
         airl(demos, Exact(), 9, gradient_penalty=-1.0)
+
+    hot = Exact()
+    hot.temperature = 2.0  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="the learner's temperature is 2.0"):
+        airl(demos, hot, 100)
 
     class Never(Exact):
         def improve(self, *arguments: Any, **options: Any) -> Table:
@@ -181,9 +204,11 @@ class Cells(Exact):
         cell = torch.multinomial(self.worth.exp(), num_steps, replacement=True, generator=self.generator)
         actions = middle[cell] + 0.04 * (torch.rand(num_steps, generator=self.generator, dtype=torch.float64) - 0.5)
         states = torch.zeros(num_steps, 1, dtype=torch.float64)
-        self.played = Played(states, actions.unsqueeze(1), states, torch.zeros(num_steps, dtype=torch.bool))
+        policy = Density(self.worth - math.log(0.04))
+        step = Played(states, actions.unsqueeze(1), states, torch.zeros(num_steps, dtype=torch.bool))
+        self.blocks = [(policy, step)]
         self.steps_taken += num_steps
-        return Density(self.worth - math.log(0.04))
+        return policy
 
 
 class Density:

@@ -257,6 +257,42 @@ def test_transitions_are_what_was_played(absorb: bool) -> None:
     assert made.steps_taken == 256 and len(made.transitions().states) == 128
 
 
+@pytest.mark.parametrize("kind", ["ppo discrete", "ppo box"])
+def test_who_played_is_who_acted_then(kind: str) -> None:
+    # Three batches in one call: what PPO wrote down as it acted in the last one is the density of the last player.
+    made = learner(KINDS[kind][1])
+    made.improve(tilted, 3 * 128)
+    played = made.played()
+    assert [len(step.states) for _, step in played] == [128] * 3
+    together = Transitions(*(torch.cat(field) for field in zip(*(step for _, step in played), strict=True)))
+    assert all(a.equal(b) for a, b in zip(together, made.transitions(), strict=True))
+    buffer = made._model.rollout_buffer
+    acted = torch.as_tensor(buffer.log_probs).flatten().double()  # copy after copy, once learnt from
+    policy, step = played[-1]
+    order = torch.arange(128).reshape(32, 4).T.flatten()
+    if kind == "ppo box":
+        acted = acted - made._actions.log_slope(torch.as_tensor(buffer.actions).reshape(128, 1).double())
+    # Single precision in the networks.
+    torch.testing.assert_close(policy.log_prob(step.states, step.actions)[order], acted, rtol=0, atol=1e-4)
+    moved = made.policy.log_prob(step.states, step.actions) - policy.log_prob(step.states, step.actions)
+    assert float(moved.abs().max()) > 1e-3
+
+
+def test_sac_has_a_player_for_each_256_decisions_and_one_before_it_learns() -> None:
+    made = learner(BOX, algorithm="sac", num_envs=4, learning_starts=100)
+    made.improve(tilted, 100 + 600)
+    played = made.played()
+    assert [len(step.states) for _, step in played] == [100, 256, 256, 88]
+    assert torch.cat([step.states for _, step in played]).equal(made.transitions().states)
+    policy, step = played[0]
+    assert policy.log_prob(step.states, step.actions, 0).equal(torch.full((100,), -math.log(4), dtype=torch.float64))
+    assert policy.log_prob(step.states[:1], torch.tensor([[1.1]]), 0).item() == -math.inf
+    drawn = policy.sample(torch.zeros(1000, 2), 0, seeded())
+    assert scipy.stats.kstest(drawn[:, 0].numpy(), scipy.stats.uniform(-3, 4).cdf).pvalue > 1e-3
+    made.improve(tilted, 8)
+    assert [len(step.states) for _, step in made.played()] == [8]
+
+
 def test_numbers_that_do_not_start_from_zero() -> None:
     made = learner(gymnasium.spaces.Discrete(2, start=5))  # Clock refuses other numbers only of vectors
     made.improve(nothing, 1)

@@ -46,8 +46,9 @@ class MaxEntLearner(Protocol):
     def steps_taken(self) -> int:
         """Decisions so far."""
 
-    def transitions(self) -> Any:
-        """States ``[n, ds]``, actions, following states and ends of the last :meth:`improve`, as a named tuple."""
+    def played(self) -> Sequence[tuple[Policy, Any]]:
+        """What was done in the last :meth:`improve`, by whom: the policies, as they were when they acted, each beside
+        its states ``[n, ds]``, actions, following states and ends, as a named tuple."""
 
     def improve(
         self,
@@ -179,6 +180,12 @@ def airl(
             f"weight_decay={weight_decay} and gradient_penalty={gradient_penalty} must be at least 0, and "
             f"replay={replay} a share below 1"
         )
+    temperature = getattr(learner, "temperature", 1.0)
+    if temperature != 1:
+        raise OptionError(
+            f"the learner's temperature is {temperature}, but the discriminator knows the reward at 1: give "
+            "temperature=1 (the reward of temperature T is T times what is found)"
+        )
     real = _transitions(demos, learner)
     generator = torch.Generator().manual_seed(seed)
     vectors = None if state_only or learner.num_actions is not None else real.actions
@@ -216,7 +223,7 @@ def airl(
     while learner.steps_taken - first < num_steps:
         left = num_steps - (learner.steps_taken - first)
         policy = learner.improve(reward, min(steps_per_round, left), potential=potential)
-        memory = _Memory.of(policy, Step(*learner.transitions()).to(demos.dtype), real, memory)
+        memory = _Memory.of(learner.played(), real, memory)
         losses, right = [], []
         for _ in range(updates_per_round):
             one, log_one, other, log_other = memory.batch(real, batch_size, replay, generator)
@@ -265,33 +272,39 @@ class Step(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """What all policies did, round after round, and log pi of it and of the demonstrations."""
+    """What all policies did, round after round, and log pi, as it was then, of it and of the demonstrations."""
 
     made: Step
     log_made: Float[Tensor, " n"]
     """Under the policy that did it."""
-    round: Int[Tensor, " n"]
-    log_real: Float[Tensor, "rounds N"]
+    player: Int[Tensor, " n"]
+    """Which one that was."""
+    log_real: Float[Tensor, "players N"]
     newest: int
     """Where the last round begins."""
 
     @staticmethod
-    def of(policy: Policy, made: Step, real: Step, before: _Memory | None) -> _Memory:
-        log_made, log_real = (policy.log_prob(x.states, x.actions, 0).to(x.states.dtype) for x in (made, real))
-        if not bool(log_real.isfinite().all()):
-            worst = real.actions[~log_real.isfinite()][0].tolist()
-            raise InvalidTrajectoriesError(
-                f"the policy can never take a demonstrated action, {worst}: cut it to the range"
-            )
-        if before is None:
-            return _Memory(made, log_made, torch.zeros(len(log_made)).long(), log_real.unsqueeze(0), 0)
-        return _Memory(
-            Step(*(torch.cat(field) for field in zip(before.made, made, strict=True))),
-            torch.cat([before.log_made, log_made]),
-            torch.cat([before.round, torch.full((len(log_made),), len(before.log_real))]),
-            torch.cat([before.log_real, log_real.unsqueeze(0)]),
-            len(before.log_made),
-        )
+    def of(played: Sequence[tuple[Policy, Any]], real: Step, before: _Memory | None) -> _Memory:
+        """What was done, added to what was done before."""
+        made, log_made, player, log_real = list[Step](), list[Tensor](), list[Tensor](), list[Tensor]()
+        newest, players = (len(before.log_made), len(before.log_real)) if before else (0, 0)
+        for policy, step in played:
+            mine = Step(*step).to(real.states.dtype)
+            log_mine, log_theirs = (policy.log_prob(x.states, x.actions, 0).to(x.states.dtype) for x in (mine, real))
+            if not bool(log_theirs.isfinite().all()):
+                worst = real.actions[~log_theirs.isfinite()][0].tolist()
+                raise InvalidTrajectoriesError(
+                    f"the policy can never take a demonstrated action, {worst}: cut it to the range"
+                )
+            made.append(mine)
+            log_made.append(log_mine)
+            player.append(torch.full((len(log_mine),), players + len(player)))
+            log_real.append(log_theirs.unsqueeze(0))
+        if before:
+            made, log_made = [before.made, *made], [before.log_made, *log_made]
+            player, log_real = [before.player, *player], [before.log_real, *log_real]
+        steps = Step(*(torch.cat(field) for field in zip(*made, strict=True)))
+        return _Memory(steps, torch.cat(log_made), torch.cat(player), torch.cat(log_real), newest)
 
     def batch(
         self, real: Step, size: int, replay: float, generator: torch.Generator
@@ -301,7 +314,7 @@ class _Memory(NamedTuple):
         old = torch.randint(max(self.newest, 1), (earlier,), generator=generator)
         new = torch.randint(self.newest, len(self.log_made), (size - earlier,), generator=generator)
         i, j = torch.randint(len(real.states), (size,), generator=generator), torch.cat([old, new])
-        return real.at(i), self.log_real[self.round[j], i], self.made.at(j), self.log_made[j]
+        return real.at(i), self.log_real[self.player[j], i], self.made.at(j), self.log_made[j]
 
 
 def _transitions(demos: ContinuousTrajectories, learner: MaxEntLearner) -> Step:
