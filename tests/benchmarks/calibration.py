@@ -6,7 +6,8 @@
 Cases are gridworld (5 x 5, slip .1, 3 weights, 10 episodes of 10 decisions; both readings), bus (Rust's group 4, two
 costs) and optimality (the literal graphical model with enumerated states). Each study saves itself to FOLDER and goes
 on from there, also to more replicates; --table shows what is there. svi and laplace are approximations: their
-departures are reported and not held against them. One process a study: start several by hand on several cores.
+departures are reported and not held against them. "chees alone" samples replicates one by one, with the adaptation of
+``pirl.fit``; "chees" many at once. One process a study: start several by hand on several cores.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ CASES = {
 NUM_DRAWS = 39
 """40 ranks: intervals of 50% and 90% are exact."""
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
     "nuts": {"num_chains": 1, "num_warmup": 150, "num_samples": 150},
     "chees": {"num_chains": 16, "num_warmup": 150, "num_samples": 20},
+    "chees alone": {"num_chains": 16, "num_warmup": 150, "num_samples": 20, "batch": 1},
     "smc": {"num_chains": 1, "num_samples": 256},
     "svi": {"num_chains": 1, "num_samples": 100},
     "laplace": {"num_chains": 1, "num_samples": 100},
@@ -51,9 +53,9 @@ def study(case: str, engine: str, replicates: int, folder: Path) -> None:
     """Make one study, or what is missing of it."""
     model, settings = CASES[case]
     file = ModelFile.read(Path("models") / f"{model}.py")
-    stem = folder / f"{case.replace(', ', '-')}-{engine}"
+    stem = folder / f"{case.replace(', ', '-')}-{engine.replace(' ', '-')}"
     arguments = {
-        "engine": engine,
+        "engine": engine.split()[0],
         "num_replicates": replicates,
         "num_draws": NUM_DRAWS,
         "checkpoint": f"{stem}.ckpt",
@@ -65,7 +67,7 @@ def study(case: str, engine: str, replicates: int, folder: Path) -> None:
         warnings.simplefilter("ignore")  # of single posteriors; the study counts them
         found = file.calibrate(file.options(settings), arguments)
     assert found is not None
-    found.attrs |= {"case": case, "seconds": time.perf_counter() - began}
+    found.attrs |= {"case": case, "by": engine, "seconds": time.perf_counter() - began}
     write_posterior(found, stem.with_suffix(".nc"))
 
 
@@ -80,7 +82,7 @@ def table(folder: Path) -> pandas.DataFrame:
         rows.append(
             {
                 "case": found.attrs["case"],
-                "engine": found.attrs["engine"],
+                "engine": found.attrs.get("by", found.attrs["engine"]),
                 "replicates": int(found.attrs["num_replicates"]),
                 "failed": int(stats["failed"].sum()),
                 "least p": judged["p_adjusted"].min(),
