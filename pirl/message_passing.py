@@ -238,22 +238,22 @@ def log_policy_to_go(reward: Float[Tensor, "*batch S A"], values: Tensor, proble
 def occupancy(
     mdp: Dynamics,
     reward: Tensor,
-    reading: Reading = "trajectory",
+    reading: Reading = "causal",
     *,
     stopping: str | None = None,
     per_step: bool = False,
 ) -> Tensor:
     """Expected (discounted) visits ``[*batch, S, A]`` of the soft-optimal demonstrator, or mu_t ``[*batch, T, S, A]``.
 
-    Trajectory reading: the gradient of log Z. Causal reading: visits of the soft policy under the true dynamics,
-    discounted, the gradient of E_p(s_1)[V(s_1)] (Ziebart 2010, algorithm 9.3). The no-op of a terminal state is
+    Causal reading: visits of the soft policy under the true dynamics, discounted, the gradient of E_p(s_1)[V(s_1)]
+    (Ziebart 2010, algorithm 9.3). Trajectory reading: the gradient of log Z. The no-op of a terminal state is
     counted once, on entry.
 
     Example:
-        >>> pirl.occupancy(world, wanted).sum().round(decimals=4)
-        tensor(8., dtype=torch.float64)
-        >>> pirl.occupancy(mdp, truth, "causal").sum().round(decimals=4)  # 1 / (1 - discount)
+        >>> pirl.occupancy(mdp, truth).sum().round(decimals=4)  # 1 / (1 - discount)
         tensor(20., dtype=torch.float64)
+        >>> pirl.occupancy(world, wanted, "trajectory").sum().round(decimals=4)
+        tensor(8., dtype=torch.float64)
     """
     reward = mdp.check_reward(reward)
     problem = soft_problem(mdp, reading, stopping=stopping)

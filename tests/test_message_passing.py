@@ -85,7 +85,7 @@ def test_gradient_of_log_partition_is_occupancy(name: str) -> None:
     (gradient,) = torch.autograd.grad(log_partition(mdp, reward), reward)
     expected = messages(mdp, reward.detach()).mu.sum(0)
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(occupancy(mdp, reward.detach()), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(occupancy(mdp, reward.detach(), "trajectory"), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("discount", [1.0, 0.7])

@@ -115,7 +115,7 @@ def test_the_slope_of_the_evidence_is_the_occupancy(kind: str) -> None:
     mdp, reward = problem(kind)
     reward.requires_grad_()
     (slope,) = torch.autograd.grad(log_evidence(mdp, reward), reward)
-    torch.testing.assert_close(slope, pirl.occupancy(mdp, reward.detach()), rtol=0, atol=1e-10)
+    torch.testing.assert_close(slope, pirl.occupancy(mdp, reward.detach(), "trajectory"), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [50.0, 1000.0])

@@ -63,7 +63,7 @@ def test_the_graphical_model_is_its_enumeration(data: st.DataObject) -> None:
     error = truth.tolerance(steps, size_of(mdp, reward, steps))
     log_z = log_partition(mdp, reward)
     (slope,) = torch.autograd.grad(log_z.sum(), reward)
-    mu = occupancy(mdp, reward.detach())
+    mu = occupancy(mdp, reward.detach(), "trajectory")
     near(slope, torch.autograd.grad(mdp.check_reward(reward), reward, mu)[0], steps * error)  # of r(s) too
     law = pirl.MaxEntTrajectory(mdp, a_row_each(mdp, reward))
     density = law.log_prob(table)
