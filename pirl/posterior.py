@@ -33,6 +33,8 @@ _BLOCK = 256
 _MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
 _PRIOR_DRAWS = 400
 _QUALITY_DRAWS = 100
+_CANDIDATES = 8
+"""Draws among which the one is looked for that a pool knows least."""
 
 
 def reward_draws(
@@ -168,11 +170,17 @@ def sampled_rewards(
     *args: Any,
     num_draws: int = 4,
     seed: int = 0,
+    least_known: int = 0,
 ) -> list[Any]:
     """Rewards of some posterior draws, as the model gives them to its :class:`pirl.SampledMaxEntTrajectory`.
 
     A table ``[S, A]``, or a function of states and actions, for each draw (of a model with several such sites, those
     of the first).
+
+    Args:
+        num_draws: how many rewards.
+        least_known: so many of them are those of which the pool has the fewest effective samples, among eight times as
+            many draws.
 
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
@@ -184,16 +192,21 @@ def sampled_rewards(
     """
     dataset = posterior["posterior"].to_dataset()
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
-    index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:num_draws]
+    index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    index = index[: num_draws - least_known + _CANDIDATES * least_known]
     dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
-    found = []
+    found, ess = list[Any](), list[float]()
     with _default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         values = {str(n): torch.as_tensor(x.values).flatten(0, 1).to(dtype) for n, x in dataset.data_vars.items()}
         for number in index.tolist():
             with _Given({name: value[number] for name, value in values.items()}) as given:
                 model(*args)
-            found.append(next(iter(given.sampled.values())).reward)
-    return found
+            laws = list(given.sampled.values())
+            found.append(laws[0].reward)
+            ess.append(min(float(1 / law.log_weights.softmax(-1).square().sum(-1).max()) for law in laws))
+    plain = num_draws - least_known
+    edge = sorted(range(plain, len(found)), key=lambda number: ess[number])[:least_known]
+    return [*found[:plain], *(found[number] for number in edge)]
 
 
 def prior_rewards(

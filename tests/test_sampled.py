@@ -23,6 +23,7 @@ from pirl.envs import gridworld, gridworld_features
 from pirl.errors import DataError, HorizonError, InvalidRewardError, InvalidTrajectoriesError, PartitionError
 from pirl.learning import guided_pool
 from pirl.pool import Pool
+from pirl.posterior import sampled_rewards
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
 
@@ -161,6 +162,26 @@ def test_a_poor_pool_is_told() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- vectors as states
+
+
+def test_rewards_that_the_pool_knows_least_are_found() -> None:
+    mdp, features, weights = problem(0.1)
+    demos = simulate(mdp, pirl.linear_reward(features, weights), 5, STEPS)
+    pool = sampled(mdp, None, 400)
+    quick = {"engine": "laplace", "num_samples": 60, "num_prior": 0, "num_posterior_predictive": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the poor pool
+        posterior = pirl.fit(model, demos, pool, features, seed=0, **quick)
+    given: Any = (posterior, model, demos, pool, features)
+
+    def effective(reward: Tensor) -> float:
+        return float(SampledMaxEntTrajectory(pool, reward).estimate().ess)
+
+    plain = sampled_rewards(*given, num_draws=1 + 2 * 8, seed=3)
+    found = sampled_rewards(*given, num_draws=3, seed=3, least_known=2)
+    assert found[0].equal(plain[0])
+    assert [effective(x) for x in found[1:]] == sorted(effective(x) for x in plain[1:])[:2]
+    assert effective(found[1]) < 0.8 * np.median([effective(x) for x in plain])
 
 
 def vectors(num: int = 40, steps: int = 5) -> tuple[Rollouts, object]:

@@ -248,7 +248,11 @@ def guided_pool(
             update(number + 1, f"ESS {history[-1]['ess']:.0f} of {need:.0f}")
             if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
                 break
-            rewards = sampled_rewards(posterior, model, *given(), num_draws=num_policies, seed=seed + number)
+            # Half of the policies go where the posterior is, half to its edge, where the pool knows least.
+            edge = num_policies // 2
+            rewards = sampled_rewards(
+                posterior, model, *given(), num_draws=num_policies, seed=seed + number, least_known=edge
+            )
     return GuidedPool(pools if several else pools[0], history)
 
 
