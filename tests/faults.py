@@ -1,9 +1,9 @@
 """Faults of machines, for real: processes that are killed, disks that are full, files that rot.
 
-Prints, for each engine, how often a run was killed and went on to the same bits, and how many damaged files were
-refused:
+Prints, for each engine and for a calibration study, how often a run was killed and went on to the same bits, and how
+many damaged files were refused:
 
-    python -m tests.faults [--kills 50] [--only nuts,chees,smc] [--stride 1] [--seed 0]
+    python -m tests.faults [--kills 50] [--only nuts,chees,smc,study] [--stride 1] [--seed 0]
 
 Runs are children of this program (forked, so that each begins at once) that save after every step. A third of the
 kills come at a random time from outside; the others in the midst of a write: at a random call of those that write the
@@ -14,6 +14,7 @@ file, force it to the disk, rename it, or force the folder, before it, after hal
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -31,14 +32,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from test_checkpoint import ORIGINALS, RUNS, SAMPLERS, assert_same, run, whole
+import xarray
+from test_checkpoint import ORIGINALS, RUNS, SAMPLERS, assert_same, data, model, run, whole
 
+import pirl
 from pirl import errors
 from pirl.infer import checkpoint as checkpoints
 from pirl.infer.checkpoint import Checkpoint, read
 from pirl.infer.sampling import Sampler
 
-ENGINES = ("nuts", "chees", "smc")
+STUDY = "study"
+ENGINES = ("nuts", "chees", "smc", STUDY)
 SAME, OTHER, BROKEN = 0, 3, 4
 """What a child found: the bits of the run that nothing disturbed, other bits, or an error."""
 
@@ -72,7 +76,31 @@ def wait(child: int) -> int:
 def fit(name: str, path: Path) -> None:
     """Run, saving after every step, and compare with the run that nothing disturbed."""
     Checkpoint.due = True  # type: ignore[method-assign, assignment]
-    assert_same(run(name, checkpoint=path), whole(name))
+    if name == STUDY:
+        found, expected = study(checkpoint=path), undisturbed(name)
+        for group in expected.children:
+            assert found[group].to_dataset().equals(expected[group].to_dataset()), group
+    else:
+        assert_same(run(name, checkpoint=path), whole(name))
+
+
+def undisturbed(name: str) -> xarray.DataTree:
+    """What a run finds that nothing disturbs."""
+    return whole_study() if name == STUDY else whole(name)
+
+
+def study(**options: Any) -> xarray.DataTree:
+    """Thirty replicates, each a posterior of its own."""
+    few: dict[str, Any] = {"engine": "laplace", "num_replicates": 30, "num_draws": 9, "num_samples": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)  # of so few draws
+        return pirl.calibrate(model, data(), **few, seed=1, progress=False, **options)
+
+
+@functools.cache
+def whole_study() -> xarray.DataTree:
+    """The study that nothing interrupts."""
+    return study()
 
 
 class Writes:
@@ -116,7 +144,7 @@ class Writes:
 def kills(name: str, count: int, folder: Path, numbers: random.Random) -> dict[str, Any]:
     """Kill a run ``count`` times, each time from the start; what is there is whole, and goes on to the same bits."""
     path, report = folder / f"{name}.ckpt", folder / "calls"
-    whole(name)
+    undisturbed(name)
 
     def counted() -> None:
         writes = Writes()
@@ -155,7 +183,7 @@ def kills(name: str, count: int, folder: Path, numbers: random.Random) -> dict[s
         except errors.CheckpointError as error:
             print(error, file=sys.stderr)
             continue
-        row["in warm-up"] += name != "smc" and step < RUNS[name]["num_warmup"]
+        row["in warm-up"] += name in ("nuts", "chees") and step < RUNS[name]["num_warmup"]
         row["survived"] += 1
         row["same bits"] += wait(fork(lambda: fit(name, path))) == SAME
     return row
@@ -295,7 +323,7 @@ def main() -> None:
         folder = Path(place)
         killed = [kills(name, told.kills, folder, numbers) for name in engines]
         killed.append(posterior_kills(told.kills, folder, numbers))
-        failed = [failing_writes(name, max(2, told.kills // 5), folder, numbers) for name in engines]
+        failed = [failing_writes(name, max(2, told.kills // 5), folder, numbers) for name in engines if name != STUDY]
         run("nuts", checkpoint=folder / "small.ckpt")
         damaged = damages((folder / "small.ckpt").read_bytes(), told.stride, folder)
     lost = sum(row["kills"] - min(row["survived"], row["same bits"]) for row in killed)

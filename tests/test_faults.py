@@ -35,7 +35,7 @@ def test_nothing_is_lost_in_a_short_campaign() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["lost"] == 0
-    assert [row["engine"] for row in found["kills"]] == ["nuts", "chees", "smc", "posterior file"]
+    assert [row["engine"] for row in found["kills"]] == ["nuts", "chees", "smc", "study", "posterior file"]
     assert all(row["kills"] == row["survived"] == row["same bits"] == 2 for row in found["kills"])
     assert all(row["failed writes"] == row["same bits"] == 2 for row in found["failing writes"])
     assert all(row["files"] == row["refused"] > 90 for row in found["damages"])
