@@ -765,7 +765,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ("optimality_graphical_model", []),
         ("bus_engine", []),
         ("linear_gaussian", []),
-        ("objectworld", ["size=4"]),
+        ("objectworld", ["size=3", "num_objects=4", "num_demos=10", "hidden=2"]),
     ],
 )
 def test_the_models_of_pirl_can_be_studied(name: str, settings: list[str]) -> None:
