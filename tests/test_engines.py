@@ -123,7 +123,7 @@ SMC: dict[str, Any] = {"engine": "smc"}
 @pytest.mark.parametrize(
     "model, options, smallest_ess",
     [
-        pytest.param(two_posteriors, NUTS | {"num_chains": 4, "num_samples": 2000}, 4000, marks=pytest.mark.slow),
+        pytest.param(two_posteriors, NUTS | {"num_chains": 4, "num_samples": 1000}, 2000, marks=pytest.mark.slow),
         pytest.param(four_posteriors, NUTS | {"num_chains": 2, "num_samples": 1000}, 1000, marks=pytest.mark.slow),
         (two_posteriors, NUTS | {"num_chains": 2, "num_samples": 250}, 150),
         (two_posteriors, CHEES | {"num_samples": 250}, 4000),
