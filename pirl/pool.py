@@ -157,6 +157,11 @@ class Pool:
         return None if self._sizes is None else self._sizes[0]
 
     @property
+    def num_actions(self) -> int | None:
+        """A, where a table of the base measure or of a policy tells it."""
+        return None if self._sizes is None else self._sizes[1]
+
+    @property
     def _sizes(self) -> tuple[int, int] | None:
         for law in (self.base, *self.policies):
             for name in ("log_prior", "log_policy"):
