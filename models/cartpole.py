@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import pirl
+from pirl.errors import check_counts
 from pirl.grid_control import Actions, Grid, GridLearner
 from pirl.learning import guided_pool
 from pirl.particles import tilt
@@ -80,6 +81,8 @@ class CartPole:
 
 def load(num_demos: int = 10, horizon: int = 100, num_rollouts: int = 2000, seed: int = 0) -> dict[str, Any]:
     """The first ``horizon`` decisions of some demonstrations, and a pool that knows log Z near their posterior."""
+    check_counts(1, num_demos=num_demos, horizon=horizon)
+    check_counts(0, seed=seed)
     simulator = CartPole(horizon)
     grid = Grid([-2.4, -2.5, -0.3, -2.5], [2.4, 2.5, 0.3, 2.5], [9, 11, 15, 15])
     learner = GridLearner(simulator, grid, Actions(2))

@@ -24,6 +24,7 @@ import pirl
 from pirl.datasets import simulate
 from pirl.envs import ObjectWorld
 from pirl.envs import objectworld as build
+from pirl.errors import check_counts
 from pirl.rewards import lifted_reward
 
 # Of a bias, and of what a layer's inputs make together: rewards of a few units, with bends inside the grid.
@@ -69,6 +70,7 @@ def load(
 
     The true reward of a cell is 1, -1 or 0, times ``sharpness``: the larger, the fewer mistakes.
     """
+    check_counts(0, hidden=hidden)
     world, truth = true_reward(size, num_objects, num_colours, sharpness, seed)
     features = (world.features - world.features.mean(dim=0)) / world.features.std(dim=0)
     return {

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import pirl
+from pirl.errors import check_counts
 from pirl.grid_control import Actions, Grid, GridLearner
 from pirl.learning import guided_pool
 from pirl.particles import tilt
@@ -85,6 +86,8 @@ class Pendulum:
 
 def load(num_demos: int = 5, horizon: int = 100, num_rollouts: int = 1000, seed: int = 0) -> dict[str, Any]:
     """The first ``horizon`` decisions of some demonstrations, and pools that know log Z near their posterior."""
+    check_counts(1, num_demos=num_demos, horizon=horizon)
+    check_counts(0, seed=seed)
     seen = _recorded(num_demos, horizon)
     if seen is None:
         seen = _made(num_demos, horizon, seed)

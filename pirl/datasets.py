@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
-from pirl.errors import DataError, InvalidTrajectoriesError, OptionError
+from pirl.errors import DataError, InvalidTrajectoriesError, OptionError, check_counts
 from pirl.mdp import TabularMDP
 from pirl.trajectories import Trajectories
 
@@ -105,7 +105,7 @@ def simulate(
         seed: the same numbers for the same seed; torch's random state stays as it was.
 
     Raises:
-        OptionError: there is no such reading.
+        OptionError: there is no such reading, or a number is out of range.
 
     Example:
         >>> mdp = pirl.TabularMDP(torch.ones(1, 2, 1).double(), initial=0, discount=0.9)
@@ -115,6 +115,8 @@ def simulate(
     readings = {"causal": MaxCausalEntTrajectory, "trajectory": MaxEntTrajectory}
     if reading not in readings:
         raise OptionError(f"there is no reading {reading!r}: choose causal or trajectory")
+    check_counts(1, num_episodes=num_episodes)
+    check_counts(0, length=length, seed=seed)
     law = readings[reading](mdp, reward, lengths=torch.full((num_episodes,), length, device=mdp.device))
     with torch.random.fork_rng(devices=[mdp.device] if mdp.device.type == "cuda" else []):
         torch.manual_seed(seed)

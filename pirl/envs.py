@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidMDPError, MissingDependencyError
+from pirl.errors import InvalidMDPError, MissingDependencyError, check_counts
 from pirl.mdp import TabularMDP
 
 # A dense table beyond this many numbers becomes a sparse one.
@@ -117,6 +117,7 @@ def gridworld_features(rows: int, cols: int, num_features: int = 8, seed: int = 
             f"{num_features} features of {rows * cols} cells: choose a number from 1 to {rows * cols}"
         )
     cell = np.stack(np.divmod(np.arange(rows * cols), cols), axis=1)
+    check_counts(0, seed=seed)
     centre = cell[np.random.default_rng(seed).choice(len(cell), num_features, replace=False)]
     squared_distance = ((cell[:, None] - centre) ** 2).sum(axis=-1)
     width = np.sqrt(len(cell) / num_features) / 2
@@ -177,6 +178,7 @@ def objectworld(
             f"{num_objects} objects of {num_colours} colours on {size**2} cells: at least 2 colours, as many objects "
             "as colours, and as many cells as objects"
         )
+    check_counts(0, seed=seed)
     generator = np.random.default_rng(seed)
     place = generator.choice(size**2, num_objects, replace=False)
     # The first objects have a colour each.
@@ -220,6 +222,7 @@ def random_mdp(
             f"{num_states} states, {num_actions} actions, branching {branching}: all must be at least 1, "
             "and branching at most the number of states"
         )
+    check_counts(0, seed=seed)
     generator = np.random.default_rng(seed)
     pairs = num_states * num_actions
     column = np.stack([generator.choice(num_states, branching, replace=False) for _ in range(pairs)])

@@ -7,7 +7,8 @@ missing extra).
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -143,6 +144,16 @@ class CheckpointWarning(UserWarning):
     """A checkpoint could not be written; the run goes on, and the last good checkpoint is intact."""
 
 
+def is_count(x: Any, least: int = 1) -> bool:
+    """Whether something is a whole number, and large enough.
+
+    Example:
+        >>> is_count(3), is_count(3.0)
+        (True, False)
+    """
+    return isinstance(x, Integral) and not isinstance(x, bool) and int(x) >= least
+
+
 def check_counts(least: int, **counts: Any) -> None:
     """Refuse what is no whole number, or too small a one.
 
@@ -153,5 +164,36 @@ def check_counts(least: int, **counts: Any) -> None:
         >>> check_counts(1, num_rollouts=500)
     """
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        if not is_count(count, least):
             raise OptionError(f"{name} is {count!r}, but must be a whole number, at least {least}")
+
+
+def check_numbers(least: float, most: float = math.inf, *, within: bool = False, **numbers: Any) -> None:
+    """Refuse what is no finite number from ``least`` to ``most``, or strictly between them (``within``).
+
+    Raises:
+        OptionError: names it.
+
+    Example:
+        >>> check_numbers(0.0, 1.0, explore=0.1)
+    """
+    bounded = most < math.inf
+    words = f"strictly between {least:g} and {most:g}" if bounded else f"above {least:g}"
+    words = words if within else f"from {least:g} {f'to {most:g}' if bounded else 'on'}"
+    for name, number in numbers.items():
+        real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
+        if not real or not (least < number < most if within else least <= number <= most):
+            raise OptionError(f"{name} is {number!r}, but must be a finite number {words}")
+
+
+def form(x: Any) -> str:
+    """What something is, in words for messages: its type, and of arrays what they hold and their shape.
+
+    Example:
+        >>> form(torch.zeros(3).long()), form(0.5)
+        ('a Tensor torch.int64 (3,)', 'a float')
+    """
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    table = f" {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else ""
+    return f"a {type(x).__name__}{table}"

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import DivergenceError, ImpossibleTransitionError, InvalidMDPError
+from pirl.errors import DivergenceError, HorizonError, ImpossibleTransitionError, InvalidMDPError, InvalidPolicyError
 from pirl.message_passing import is_checked
 
 Generator = torch.Generator | None
@@ -63,17 +63,27 @@ class GaussianKernel(NamedTuple):
 
     def sample(self, x: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Draws ``[*n, dy]`` given x ``[*n, dx]`` at one time (from 0)."""
-        gain, offset, factor = self._at(step)
+        gain, offset, factor = self._at(step, x)
         mean = times(gain, x) + offset
         return mean + times(factor, standard_normal((*mean.shape[:-1], factor.shape[-1]), mean, generator))
 
     def log_prob(self, x: Tensor, y: Tensor, step: int | None = None) -> Tensor:
         """Log density ``[*n]`` at one time, or of all times ``[*n, T, dx]`` (None); the factor must be invertible."""
-        gain, offset, factor = self._at(step)
+        gain, offset, factor = self._at(step, x)
         z = times(torch.linalg.inv(factor), y - times(gain, x) - offset)
         return _log_standard(z) - torch.linalg.slogdet(factor).logabsdet
 
-    def _at(self, step: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _at(self, step: int | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.dtype != self.gain.dtype or x.shape[-1:] != self.gain.shape[-1:]:
+            raise InvalidPolicyError(
+                f"a linear-Gaussian law of {self.gain.dtype} and vectors of size {self.gain.shape[-1]} was given "
+                f"states {x.dtype} {tuple(x.shape)}: make it of the simulator's dtype, or the simulator of the "
+                "policy's, and of its size (num_state_dims)"
+            )
+        if step is not None and step >= self.gain.shape[-3]:
+            raise HorizonError(
+                f"the policy has {self.gain.shape[-3]} steps, but step {step} was asked for (they count from 0)"
+            )
         if step is None:
             return self.gain, self.offset, self.factor
         return self.gain[..., step, :, :], self.offset[..., step, :], self.factor[..., step, :, :]

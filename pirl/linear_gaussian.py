@@ -28,6 +28,8 @@ from pirl.errors import (
     InvalidRewardError,
     InvalidTrajectoriesError,
     OptionError,
+    check_counts,
+    form,
 )
 from pirl.gaussian_integrals import (
     GaussianKernel,
@@ -302,7 +304,16 @@ class LinearGaussian:
         """What :func:`pirl.partition.smc` runs on: draws of the law tilted by ``guide``, with its soft values as twist.
 
         With the reward itself as guide (the default) Z-hat has no variance. Rewards without batch dimensions.
+
+        Raises:
+            InvalidRewardError: a reward has batch dimensions; or see :meth:`solve`.
         """
+        for name, given in (("reward", reward), ("guide", guide or reward)):
+            if self._checked(given).batch_shape:
+                batch = tuple(given.batch_shape)
+                raise InvalidRewardError(
+                    f"the {name} is a batch {batch}: particles are of one reward; take them in turn"
+                )
         law = self.solve(QuadraticReward(*(x.detach() for x in (guide or reward))))
 
         def reset(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -330,7 +341,8 @@ class LinearGaussian:
         self, reward: QuadraticReward, num: int, generator: Generator = None, reading: Reading = "trajectory"
     ) -> tuple[Float[Tensor, "*batch num T1 ds"], Float[Tensor, "*batch num T da"]]:
         """Draw trajectories of p(tau | O): s_1, actions and next states all from their tilted laws (module's head)."""
-        batch = reward.batch_shape
+        check_counts(0, num=num)
+        batch = self._checked(reward).batch_shape
         states, actions = self.draw(self.solve(reward, reading), torch.Size((num, *batch)), generator)
         return states.movedim(0, len(batch)), actions.movedim(0, len(batch))
 
@@ -432,9 +444,11 @@ class LinearGaussian:
 
     def _checked(self, reward: QuadraticReward) -> QuadraticReward:
         ds, da = self.num_state_dims, self.num_action_dims
+        if not isinstance(reward, QuadraticReward):
+            raise InvalidRewardError(f"the reward is {form(reward)}: give one of LinearGaussian.quadratic(...)")
         for name, x, shape in zip(reward._fields, reward, ((ds, ds), (da, da), (ds,), (da,)), strict=True):
-            if x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
-                raise InvalidRewardError(f"{name} has shape {tuple(x.shape)}; expected [*batch, *{shape}]")
+            if not isinstance(x, Tensor) or x.shape[x.dim() - len(shape) :] != shape or x.dim() < len(shape):
+                raise InvalidRewardError(f"{name} is {form(x)}; expected a tensor [*batch, *{shape}]")
             if x.dtype != self.dtype or x.device != self.device:
                 raise InvalidRewardError(
                     f"{name} is {x.dtype} on {x.device}, the dynamics {self.dtype} on {self.device}: convert one"
@@ -495,7 +509,9 @@ class LinearGaussianTrajectory(TorchDistribution):
         reading: Reading = "trajectory",
         validate_args: bool | None = None,
     ) -> None:
-        self.system, self.reward, self.reading = system, reward, reading
+        if not isinstance(system, LinearGaussian):
+            raise OptionError(f"system is {form(system)}: give a LinearGaussian, then its reward")
+        self.system, self.reward, self.reading = system, system._checked(reward), reading
         event = torch.Size((system.horizon + 1, system.num_state_dims + system.num_action_dims))
         # Validation is not torch's (constraints of arguments and support): it names trajectory and step.
         super().__init__(reward.batch_shape, event, validate_args=False)

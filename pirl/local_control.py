@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError
+from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError, check_counts, check_numbers, form
 from pirl.gaussian_integrals import GaussianKernel, Noise, Quadratic, expect, times
 from pirl.simulators import EpisodeSimulator, Simulator, roll_out
-from pirl.simulators.playing import Generator
+from pirl.simulators.playing import Generator, check_simulator
 from pirl.soft_values import Reading
 
 Reward = Callable[[Tensor, Tensor], Tensor]
@@ -89,8 +89,16 @@ class LocalLearner:
         memory: int | None = None,
         reading: Reading = "trajectory",
     ) -> None:
-        if ridge < 0 or (memory is not None and memory < 1):
-            raise OptionError(f"ridge is {ridge} and memory {memory}: ridge is at least 0, memory at least 1")
+        check_simulator(simulator)
+        if not isinstance(base, GaussianKernel):
+            raise InvalidPolicyError(
+                f"base is {form(base)}, and no linear-Gaussian policy: give pirl.local_control.gaussian_base(...), or "
+                "LinearGaussian.base_policy"
+            )
+        check_numbers(0.0, ridge=ridge)
+        check_counts(1, memory=1 if memory is None else memory)
+        if reading not in ("causal", "trajectory"):
+            raise OptionError(f"reading must be 'causal' or 'trajectory', not {reading!r}")
         if len(base.gain) != simulator.horizon:
             raise InvalidPolicyError(
                 f"the base policy has {len(base.gain)} steps, and the simulator's episodes have {simulator.horizon}"
@@ -121,7 +129,15 @@ class LocalLearner:
     def _solve(self, reward: Reward, states: Tensor, actions: Tensor) -> LocalPolicy:
         ds, da, horizon = states.shape[-1], actions.shape[-1], actions.shape[1]
         pairs = torch.cat([states[:, :-1], actions], -1)
-        gained = reward(states[:, :-1].flatten(0, 1), actions.flatten(0, 1)).unflatten(0, actions.shape[:2])
+        if not callable(reward):
+            raise InvalidRewardError(f"the reward is {form(reward)}: give a function of states and actions")
+        gained = reward(states[:, :-1].flatten(0, 1), actions.flatten(0, 1))
+        if not isinstance(gained, Tensor) or gained.shape != (actions.shape[0] * actions.shape[1],):
+            raise InvalidRewardError(
+                f"the reward gave {form(gained)} for {actions.shape[0] * actions.shape[1]} pairs: expected one number "
+                "each, [n]"
+            )
+        gained = gained.unflatten(0, actions.shape[:2])
         if not bool(gained.isfinite().all()):
             raise InvalidRewardError("the reward of a roll-out is NaN or infinite: rewards must be finite")
         motions = [_regression(p, s, self.ridge) for p, s in _by_time(pairs, states[:, 1:], self.shared)]
@@ -161,18 +177,27 @@ def gaussian_base(
         mean: of the actions; 0 by default.
 
     Raises:
-        OptionError: the covariance is no positive definite matrix, or the mean has another size.
+        OptionError: the covariance is no positive definite matrix, the mean has another size or dtype, or a number is
+            out of range.
 
     Example:
-        >>> gaussian_base(10, torch.eye(1), num_state_dims=3).gain.shape
+        >>> gaussian_base(10, torch.eye(1).double(), num_state_dims=3).gain.shape
         torch.Size([10, 1, 3])
     """
+    check_counts(1, horizon=horizon, num_state_dims=num_state_dims)
+    square = isinstance(covariance, Tensor) and covariance.dim() == 2 and covariance.shape[0] == covariance.shape[1]
+    if not square or not covariance.is_floating_point():
+        raise OptionError(
+            f"covariance is {form(covariance)}; expected a floating tensor [da, da], as torch.eye(1).double()"
+        )
     factor, info = torch.linalg.cholesky_ex(covariance)
-    if int(info):
-        raise OptionError(f"covariance {covariance.tolist()} is not positive definite")
+    if int(info) or not torch.allclose(covariance, covariance.mT):
+        raise OptionError(f"covariance {covariance.tolist()} is not symmetric and positive definite")
     da = len(covariance)
-    if mean is not None and mean.shape != (da,):
-        raise OptionError(f"mean has shape {tuple(mean.shape)}, but actions have {da} coordinates")
+    if mean is not None and (not isinstance(mean, Tensor) or mean.shape != (da,) or mean.dtype != covariance.dtype):
+        raise OptionError(
+            f"mean is {form(mean)}, but the covariance {form(covariance)}: give one of its dtype, ({da},)"
+        )
     offset = covariance.new_zeros(da) if mean is None else mean
     parts = covariance.new_zeros(da, num_state_dims), offset, factor
     return GaussianKernel(*(x.expand(horizon, *x.shape) for x in parts))

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import OptionError, SimulatorError
+from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_counts, form
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
-from pirl.simulators.playing import Generator, asked, checked_states, known_ends, paying  # fmt: skip
+from pirl.simulators.playing import Generator, asked, check_policy, checked_states, known_ends, paying
 
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""
@@ -144,6 +144,7 @@ def tilt(
         >>> pool.add(*tilt(simulator, learned, wanted, 1000, base=base))
         Pool(1500 samples of 2 policies)
     """
+    check_counts(1, num=num, num_runs=2 if num_runs is None else num_runs)
     num_runs = max(min(max(num // 100, 5), 20, num // 2), 2) if num_runs is None else num_runs
     if num_runs < 2 or num < 2 * num_runs:
         raise OptionError(f"{num} particles in {num_runs} runs: at least 2 runs, of at least 2 particles")
@@ -152,6 +153,14 @@ def tilt(
             "particles need a simulator with reset and step, without is_terminal where states are vectors: play all "
             "decisions, whatever happens, or add a policy's roll-outs"
         )
+    if not isinstance(policy, ValuedPolicy):
+        raise OptionError(f"policy is {form(policy)}: give one with value(states, step), such as a learner's")
+    check_policy(base, "base")
+    known = getattr(simulator, "log_prior", None)
+    fits = callable(reward) if known is None else isinstance(reward, Tensor) and reward.shape[:-1] == known.shape[:1]
+    if not fits:
+        expected = "a function of vectors" if known is None else f"a table [{len(known)}, A] or [{len(known)}, 1]"
+        raise InvalidRewardError(f"the reward is {form(reward)}; expected {expected}")
     laws = _laws(simulator, policy, reward, base, generator)
     runs = smc_trajectories(laws, simulator.horizon, -(-num // num_runs), num_runs, threshold, generator)
     # Equal weights: first runs are drawn by their Z-hat, then particles within each by their weights. Neighbours share

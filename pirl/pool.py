@@ -11,10 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, PartitionError
+from pirl.errors import (
+    HorizonError,
+    InvalidRewardError,
+    InvalidTrajectoriesError,
+    OptionError,
+    PartitionError,
+    PirlError,
+    check_counts,
+    form,
+)
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
-from pirl.simulators.playing import paying
+from pirl.simulators.playing import check_policy, paying
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
@@ -75,9 +84,9 @@ class Pool:
             PartitionError: a roll-out has density 0, NaN or infinity under its own policy, or another density than when
                 it was played.
         """
-        if not isinstance(rollouts, Rollouts):
-            raise OptionError(f"rollouts is a {type(rollouts).__name__}: give what roll_out returned, then its policy")
         _check_player(rollouts, policy)
+        if base is not None:
+            check_policy(base, "base")
         log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
         pool = cls(
             rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
@@ -100,6 +109,7 @@ class Pool:
             InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
             PartitionError: a density is NaN or infinite, or another one than when the roll-out was played.
         """
+        _check_rollouts(rollouts)
         if rollouts.states.shape[1:] != self.states.shape[1:] or rollouts.actions.shape[1:] != self.actions.shape[1:]:
             raise InvalidTrajectoriesError(
                 f"roll-outs with states {tuple(rollouts.states.shape[1:])} and actions "
@@ -137,6 +147,7 @@ class Pool:
 
     def newest(self, num_policies: int) -> Pool:
         """The samples of the last policies only, weighed among themselves: old ones that no longer help may go."""
+        check_counts(1, num_policies=num_policies)
         first = max(len(self.policies) - num_policies, 0)
         keep = self.origin >= first
         return Pool(
@@ -155,6 +166,11 @@ class Pool:
     def num_states(self) -> int | None:
         """S, where a table of the base measure or of a policy tells it."""
         return None if self._sizes is None else self._sizes[0]
+
+    @property
+    def num_actions(self) -> int | None:
+        """A, where a table of the base measure or of a policy tells it."""
+        return None if self._sizes is None else self._sizes[1]
 
     @property
     def _sizes(self) -> tuple[int, int] | None:
@@ -249,6 +265,38 @@ class Pool:
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
         under = under - self.constants.unsqueeze(1)
         return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
+
+    def check_demonstrations(self, demos: Any) -> None:
+        """Refuse demonstrations of another problem than the pool's: before anything is learned from them.
+
+        Args:
+            demos: :class:`pirl.Trajectories` or :class:`pirl.ContinuousTrajectories`.
+
+        Raises:
+            InvalidTrajectoriesError: other kinds or sizes of states and actions, another dtype, or nothing observed.
+            HorizonError, PartitionError: see :meth:`check_table`.
+        """
+        kinds = {True: "numbers", False: "vectors"}
+        theirs, own = demos.states, self.states
+        if theirs.is_floating_point() == self.tabular:
+            raise InvalidTrajectoriesError(
+                f"states of the demonstrations are {kinds[not self.tabular]}, and the simulator's are "
+                f"{kinds[self.tabular]}: give demonstrations of the simulator's world, Trajectories of numbers or "
+                "ContinuousTrajectories of vectors"
+            )
+        if not self.tabular and (theirs.shape[-1], demos.actions.shape[-1]) != (own.shape[-1], self._action_size):
+            raise InvalidTrajectoriesError(
+                f"the demonstrations have states of size {theirs.shape[-1]} and actions of size "
+                f"{demos.actions.shape[-1]}, and the simulator {own.shape[-1]} and {self._action_size}: give those of "
+                "one world"
+            )
+        self.check_lengths(demos.lengths)
+        self.check_table(demos.as_tensor(), demos.lengths)
+
+    @property
+    def _action_size(self) -> int:
+        """da, 1 where actions are numbers beside vectors."""
+        return 1 if self.actions.dim() == 2 else self.actions.shape[-1]
 
     def check_support(self, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
         """Refuse demonstrations that no policy of the pool could have made, or that the base measure rules out.
@@ -348,6 +396,11 @@ class Pool:
                 f"trajectories {tuple(table.shape)} do not fit the pool: they must be [*batch, {expected[0]}, "
                 f"{expected[1]}]"
             )
+        if table.dtype != self.table.dtype:
+            raise InvalidTrajectoriesError(
+                f"trajectories are {table.dtype}, and the pool's {self.table.dtype}: give those of one kind and "
+                "precision (demos.to(dtype=...), or another dtype of the simulator)"
+            )
         steps = table.shape[-2] - 1
         if self.tabular:
             lengths = (table[..., 1] >= 0).sum(-1)
@@ -368,6 +421,10 @@ class Pool:
         states, actions = (flat[..., 0], flat[:, :-1, 1]) if self.tabular else (flat[..., :size], flat[:, :-1, size:])
         if lengths is None:
             lengths = torch.full((), steps, device=table.device)
+        if lengths.dim() and lengths.shape[-1] not in (1, *table.shape[-3:-2]):
+            raise InvalidTrajectoriesError(
+                f"lengths {tuple(lengths.shape)} do not fit trajectories {tuple(table.shape)}: give one of each"
+            )
         self.check_support(states, actions, lengths.expand(table.shape[:-2]).reshape(-1))
 
     def _check_range(self, table: Tensor) -> None:
@@ -408,7 +465,7 @@ class Pool:
         """sum_t f(s_t, a_t) of trajectories ``[N, T + 1, ds + da]`` (None: the pool's own samples); computed once."""
 
         def compute() -> Tensor:
-            return (features(states, actions) * counted.unsqueeze(-1)).sum(-2).detach()
+            return (checked_features(features, states, actions) * counted.unsqueeze(-1)).sum(-2).detach()
 
         states, actions, counted = self.decisions(table, lengths)
         return self._remember(("features", id(features), id(lengths)), table, compute, features, lengths)
@@ -445,8 +502,35 @@ def encode(states: Tensor, actions: Tensor) -> Tensor:
     return torch.cat([states, torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)], -1)
 
 
+def checked_features(features: Features, states: Tensor, actions: Tensor) -> Float[Tensor, "..."]:
+    """Features of states ``[..., ds]`` and actions ``[..., da]``, looked at: ``[..., K]``.
+
+    Raises:
+        InvalidRewardError: the function raised, or gave something else.
+    """
+    given = f"features(states {tuple(states.shape)}, actions {tuple(actions.shape)})"
+    try:
+        found = features(states, actions)
+    except PirlError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [""])[0]
+        raise InvalidRewardError(f"{given} failed: {type(error).__name__}: {cause}") from error
+    if not isinstance(found, Tensor) or found.shape[:-1] != states.shape[:-1] or found.dim() != states.dim():
+        batch = ", ".join(map(str, states.shape[:-1]))
+        raise InvalidRewardError(f"{given} returned {form(found)}; expected [{batch}, K]: stack them in the last dim")
+    return found
+
+
+def _check_rollouts(rollouts: Any) -> None:
+    if not isinstance(rollouts, Rollouts):
+        raise OptionError(f"rollouts is {form(rollouts)}: give what roll_out returned, then its policy")
+
+
 def _check_player(rollouts: Rollouts, policy: Policy | WholeLaw) -> None:
     """Refuse a policy that did not play the roll-outs: their weights would be another policy's."""
+    _check_rollouts(rollouts)
+    check_policy(policy)
     if isinstance(policy, WholeLaw):
         return
     found, played = _density(policy, rollouts), rollouts.log_density

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pirl.convergence import ess_bulk, rhat
 from pirl.distributions import TabularTrajectory
-from pirl.errors import ModelError, OptionError, PirlError
+from pirl.errors import ModelError, OptionError, PirlError, check_counts
 from pirl.identify import Identification, unidentified
 from pirl.infer.engine import one_thread, own_generator
 from pirl.mdp import TabularMDP
@@ -54,11 +54,11 @@ def reward_draws(
 
     Returns:
         ``[D, S, A]``, of a reward r(s) as well; dimensions of 1 that stand for plates are left out, those of subjects
-        or environments stay.
+        or environments stay. A :class:`pirl.SampledMaxEntTrajectory` of numbered states has such a reward too.
 
     Raises:
-        ModelError: the model observes no trajectories, or several and ``site`` does not say which.
-        OptionError: the posterior lacks a latent site of the model: it is of another one.
+        ModelError: the model observes no trajectories of numbered states, or several and ``site`` does not say which.
+        OptionError: the posterior lacks a latent site of the model: it is of another one; or an option out of range.
 
     Example:
         >>> pirl.reward_draws(posterior, model, demos, mdp, features, num_draws=100).shape
@@ -66,7 +66,9 @@ def reward_draws(
     """
     dataset = posterior["posterior"].to_dataset()
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
-    index = torch.linspace(0, count - 1, min(num_draws or count, count)).round().long()
+    num_draws = count if num_draws is None else num_draws
+    check_counts(1, num_draws=num_draws)
+    index = torch.linspace(0, count - 1, min(num_draws, count)).round().long()
     dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
     devices = (getattr(x, "device", None) for x in [*args, *kwargs.values()])
     device = next((x for x in devices if isinstance(x, torch.device)), torch.device("cpu"))
@@ -154,14 +156,21 @@ def _reward(
     draw: Mapping[str, Tensor],
     site: str | None,
 ) -> Tensor:
-    laws = trajectory_laws(model, args, kwargs, draw)
+    with _Given(draw) as given:
+        model(*args, **kwargs)
+    laws = given.laws | given.sampled
     if not laws:
         raise ModelError("the model observes no trajectories of a TabularMDP, so that it has no reward to show")
     if site is None and len(laws) > 1:
         raise ModelError(f"the model observes several trajectories: choose site= of {', '.join(laws)}")
     if site is not None and site not in laws:
         raise ModelError(f"the model observes no trajectories at {site!r}: there are {', '.join(laws)}")
-    return laws[site or next(iter(laws))].reward
+    law = laws[site or next(iter(laws))]
+    if isinstance(law, TabularTrajectory):
+        return law.reward
+    if not isinstance(law.reward, Tensor):
+        raise ModelError("the reward is a function of vectors, and no table: call it on states and actions of interest")
+    return law.reward.expand(*law.reward.shape[:-1], law.pool.num_actions or law.reward.shape[-1])
 
 
 def sampled_rewards(

@@ -17,10 +17,10 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError
+from pirl.errors import InvalidRewardError, InvalidTrajectoriesError, OptionError, form
 from pirl.message_passing import is_checked
 from pirl.partition import PartitionEstimate, log_mean_exp
-from pirl.pool import Features, Pool
+from pirl.pool import Features, Pool, checked_features
 from pirl.transitions import is_transformed
 
 
@@ -34,6 +34,10 @@ class FeatureReward:
             object each time: its sums are remembered by it.
         weights: ``[*batch, K]``.
 
+    Raises:
+        InvalidRewardError: features that are no function, or fail; weights that are no floating tensor, or of another
+            width.
+
     Example:
         >>> def features(states, actions):
         ...     return torch.cat([states.square(), actions.square()], -1)
@@ -43,10 +47,29 @@ class FeatureReward:
     """
 
     def __init__(self, features: Features, weights: Float[Tensor, "*batch K"]) -> None:
+        if not callable(features):
+            raise InvalidRewardError(
+                f"features is {form(features)}: give a function of states and actions, then weights"
+            )
+        if not isinstance(weights, Tensor) or weights.dim() < 1 or not weights.is_floating_point():
+            raise InvalidRewardError(f"weights is {form(weights)}; expected a floating tensor [*batch, K]")
         self.features, self.weights = features, weights
 
     def __call__(self, states: Tensor, actions: Tensor) -> Tensor:
-        return self.features(states, actions) @ self.weights
+        return self.fitting(checked_features(self.features, states, actions)) @ self.weights
+
+    def fitting(self, features: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
+        """Features, or sums of them, if there are as many as weights.
+
+        Raises:
+            InvalidRewardError: there are more or fewer.
+        """
+        if features.shape[-1] != self.weights.shape[-1]:
+            raise InvalidRewardError(
+                f"the function gives {features.shape[-1]} features, and there are {self.weights.shape[-1]} weights: "
+                "give one weight for each"
+            )
+        return features
 
 
 Reward = Tensor | FeatureReward | Callable[[Tensor, Tensor], Tensor]
@@ -94,6 +117,14 @@ class SampledMaxEntTrajectory(TorchDistribution):
         lengths: Int[Tensor, "*batch"] | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(pool, Pool):
+            raise OptionError(f"pool is {form(pool)}: give a pirl.Pool of roll-outs, then the reward")
+        if lengths is not None and (not isinstance(lengths, Tensor) or lengths.is_floating_point()):
+            raise InvalidTrajectoriesError(f"lengths is {form(lengths)}: give whole numbers, demos.lengths")
+        if not callable(reward) and (not isinstance(reward, Tensor) or not reward.is_floating_point()):
+            raise InvalidRewardError(
+                f"the reward is {form(reward)}: give a floating tensor, a FeatureReward, or a function"
+            )
         self.pool, self.reward, self.lengths = pool, reward, lengths
         self.returns: Tensor = self._returns(None, None)  # [*batch, J]
         if is_checked(self.returns) and bool((self.returns.isnan() | (self.returns == torch.inf)).any()):
@@ -139,6 +170,8 @@ class SampledMaxEntTrajectory(TorchDistribution):
             HorizonError: trajectories that are longer than the pool's, or were cut before their end.
             PartitionError: trajectories that no policy of the pool, or not the base measure, could have made.
         """
+        if not isinstance(value, Tensor):
+            raise InvalidTrajectoriesError(f"the trajectories are {form(value)}: give a tensor, demos.as_tensor()")
         if not is_transformed(value):
             self.pool.check_table(value, self.lengths)
         result = self._returns(value, self.lengths) - self.log_partition
@@ -188,10 +221,17 @@ class SampledMaxEntTrajectory(TorchDistribution):
                 "numbered states need a table of rewards [*batch, S, A]: call the function on them"
             )
         if isinstance(reward, FeatureReward):
-            sums = pool.feature_sums(reward.features, table, lengths).to(reward.weights)
+            sums = reward.fitting(pool.feature_sums(reward.features, table, lengths)).to(reward.weights)
             return reward.weights @ sums.mT if table is None else (reward.weights * sums).sum(-1)
         states, actions, counted = pool.decisions(table, lengths)
-        found = (reward(states, actions) * counted).sum(-1)
+        gained = reward(states, actions)
+        event = counted.shape[-2:]
+        if not isinstance(gained, Tensor) or gained.shape[gained.dim() - len(event) :] != event:
+            raise InvalidRewardError(
+                f"the reward gave {form(gained)} for states {tuple(states.shape)} and actions {tuple(actions.shape)}: "
+                f"expected [*batch, {', '.join(map(str, event))}], one number for each pair"
+            )
+        found = (gained * counted).sum(-1)
         if table is None or found.dim() <= states.dim() - 2:
             return found
         # Of a batch of rewards the dim of the plate is 1, and trajectories stand in one of their own behind it.

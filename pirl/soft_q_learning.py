@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import DiscountError, InvalidRewardError, OptionError
+from pirl.errors import DiscountError, InvalidRewardError, OptionError, check_counts, check_numbers, form
 from pirl.message_passing import log_policy_to_go, require_finite, require_finite_reward
 from pirl.simulators import Rollouts, TabularPolicy, roll_out
 from pirl.simulators.playing import Generator
@@ -56,6 +56,33 @@ class FiniteSimulator(Protocol):
 
     def is_terminal(self, states: Tensor) -> Tensor:
         """Where episodes end."""
+
+
+def require_finite_simulator(simulator: Any) -> None:
+    """Refuse a simulator that does not say of its space what has to be known.
+
+    Raises:
+        OptionError: names what :class:`FiniteSimulator` has and this one lacks, or has in another form.
+
+    Example:
+        >>> require_finite_simulator(pirl.simulators.TabularSimulator(world))
+    """
+    protocol = "a finite space needs a pirl.soft_q_learning.FiniteSimulator"
+    names = ("horizon", "discount", "log_prior", "terminal", "reset", "step", "is_terminal")
+    lacks = [name for name in names if not hasattr(simulator, name)]
+    if lacks or isinstance(simulator, type):
+        raise OptionError(
+            f"{protocol}, and {form(simulator)} lacks {', '.join(lacks) or 'an instance'}: give it what is missing, or "
+            "a function of states and actions in place of a table where states are vectors"
+        )
+    prior, terminal, discount = simulator.log_prior, simulator.terminal, simulator.discount
+    check_counts(1, horizon=simulator.horizon)
+    if not isinstance(prior, Tensor) or prior.dim() != 2 or not prior.is_floating_point() or prior.isnan().any():
+        raise OptionError(f"{protocol}: log_prior is {form(prior)}; expected log p(a|s), a floating tensor [S, A]")
+    if not isinstance(terminal, Tensor) or terminal.shape != prior.shape[:1] or terminal.dtype != torch.bool:
+        raise OptionError(f"{protocol}: terminal is {form(terminal)}; expected a mask, a bool tensor [{len(prior)}]")
+    if not isinstance(discount, (int, float)) or not 0 <= discount <= 1:
+        raise OptionError(f"{protocol}: discount is {discount!r}; expected a number from 0 to 1")
 
 
 class Round(NamedTuple):
@@ -137,8 +164,8 @@ class SoftQLearner:
         stationary: bool = False,
         reading: Reading = "causal",
     ) -> None:
-        if not 0 <= explore <= 1:
-            raise OptionError(f"explore is {explore}; it is a share, from 0 to 1")
+        require_finite_simulator(simulator)
+        check_numbers(0.0, 1.0, explore=explore)
         if stationary and not replay:
             raise OptionError("stationary=True sweeps what it keeps: use replay=True, or a finite horizon")
         if stationary and not simulator.discount < 1:
@@ -194,8 +221,7 @@ class SoftQLearner:
         reward = self._checked(reward)
         if reward.dim() != 2:
             raise InvalidRewardError(f"update takes one reward, not {tuple(reward.shape)}: solve() takes a batch")
-        if num_rollouts < 0:
-            raise OptionError(f"num_rollouts is {num_rollouts}; it must be at least 0")
+        check_counts(0, num_rollouts=num_rollouts)
         changed = self._reward is None or not torch.equal(self._reward, reward)
         visits = torch.zeros_like(self._visits) if changed else self._visits  # old means are of another reward's values
         counts, following, ever = self._counts, self._following, self._ever
@@ -233,6 +259,8 @@ class SoftQLearner:
 
     def _checked(self, reward: Tensor) -> Tensor:
         states, actions = self._base.shape
+        if not isinstance(reward, Tensor):
+            raise InvalidRewardError(f"the reward is {form(reward)}; expected a tensor [{states}, {actions}]")
         if reward.dim() < 2 or reward.shape[-2] != states or reward.shape[-1] not in (1, actions):
             raise InvalidRewardError(
                 f"reward has shape {tuple(reward.shape)}; expected [{states}, {actions}] for r(s,a), or [{states}, 1]"
@@ -304,8 +332,7 @@ def soft_q_learning(
         >>> soft_q_learning(simulator, torch.tensor([[0.0, 1.0]]).double(), 10).log_policy[0].exp()
         tensor([[0.2689, 0.7311]], dtype=torch.float64)
     """
-    if num_rounds < 1 or num_rollouts < 1:
-        raise OptionError(f"num_rollouts is {num_rollouts} and num_rounds {num_rounds}; both must be at least 1")
+    check_counts(1, num_rollouts=num_rollouts, num_rounds=num_rounds)
     learner = SoftQLearner(simulator, **options)
     for _ in range(num_rounds):
         learner.update(reward, num_rollouts, generator)

@@ -27,8 +27,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pirl.errors import HorizonError, InvalidRewardError, MissingDependencyError, OptionError, SimulatorError
+from pirl.errors import (
+    HorizonError,
+    InvalidRewardError,
+    MissingDependencyError,
+    OptionError,
+    SimulatorError,
+    check_counts,
+    check_numbers,
+    form,
+)
 from pirl.simulators import Policy
+from pirl.simulators.environments import made_environment
 from pirl.simulators.playing import Generator
 
 try:
@@ -167,11 +177,12 @@ class StableBaselines:
     ) -> None:
         if algorithm not in ("ppo", "sac"):
             raise OptionError(f"algorithm must be 'ppo' or 'sac', not {algorithm!r}")
-        if num_envs < 1 or not 0 <= discount < 1 or not temperature > 0 or not learning_rate > 0:
-            raise OptionError(
-                f"num_envs={num_envs}, discount={discount}, temperature={temperature} and learning_rate="
-                f"{learning_rate} must be at least 1, from 0 to below 1, and positive"
-            )
+        check_counts(1, num_envs=num_envs)
+        check_counts(0, seed=seed)
+        check_numbers(0.0, within=True, temperature=temperature, learning_rate=learning_rate)
+        check_numbers(0.0, 1.0, discount=discount)
+        if discount == 1:
+            raise OptionError("discount is 1, but must be below 1: learning sums rewards without end")
         taken = sorted({"gamma", "ent_coef", "use_sde"} & options.keys())
         if taken:
             raise OptionError(f"{taken[0]} is not an option: discount and temperature say what is learned")
@@ -514,16 +525,10 @@ class _Episode(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 def _made(env: str | Callable[[], Any], horizon: int | None, absorb: bool) -> _Episode:
-    if isinstance(env, str):
-        made: Any = gymnasium.make(env, max_episode_steps=horizon)
-    elif callable(env):
-        made = env()
-    else:
-        raise OptionError(f"env is a {type(env).__name__}: give an id, or a function that makes an environment")
-    limit = getattr(made.spec, "max_episode_steps", None) if horizon is None else horizon
-    if limit is None or limit < 1:
-        raise HorizonError(f"horizon is {limit}; the environment has none of its own: give at least 1")
-    return _Episode(made, int(limit), absorb)
+    if not isinstance(env, str) and not callable(env):
+        raise OptionError(f"env is {form(env)}: give an id, or a function that makes an environment")
+    made, limit = made_environment(env, horizon)
+    return _Episode(made, limit, absorb)
 
 
 class _Played(VecEnvWrapper):

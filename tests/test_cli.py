@@ -201,6 +201,24 @@ def test_mistakes_get_one_line(model: Path, tmp_path: Path, arguments: list[str]
 
 
 @pytest.mark.parametrize(
+    ("name", "setting", "words"),
+    [
+        ("pendulum", "num_demos=0", "num_demos is 0, but must be a whole number, at least 1"),
+        ("pendulum", "horizon=0", "horizon is 0"),
+        ("pendulum", "seed=-1", "seed is -1"),
+        ("cartpole", "horizon=0", "horizon is 0"),
+        ("cartpole", "num_demos=-1", "num_demos is -1"),
+        ("gridworld", "num_demos=0", "num_episodes is 0"),
+        ("gridworld", "seed=-1", "seed is -1"),
+        ("objectworld", "hidden=-1", "hidden is -1"),
+        ("optimality_graphical_model", "num_demos=-1", "num_episodes is -1"),
+    ],
+)
+def test_options_of_our_models_out_of_range_get_one_line(name: str, setting: str, words: str) -> None:
+    assert words in refused("fit", ROOT / "models" / f"{name}.py", "--set", setting)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         (None, "is not a file"),

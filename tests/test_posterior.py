@@ -51,6 +51,52 @@ def test_rewards_are_those_of_the_draws(problem: Any) -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+def sampled(demos: pirl.Trajectories, pool: pirl.Pool, features: torch.Tensor) -> None:
+    weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    with pyro.plate("episode", len(demos)):
+        law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights), lengths=demos.lengths)
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_sampled_dynamics_have_rewards_of_draws_too(problem: Any) -> None:
+    demos, mdp, features = problem
+    base = pirl.simulators.base_policy(mdp)
+    pool = pirl.Pool.of(pirl.simulators.roll_out(pirl.simulators.TabularSimulator(mdp), base, 500), base, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)  # that so small a pool is not trusted
+        posterior = pirl.fit(sampled, demos, pool, features, **FEW)
+    found = reward_draws(posterior, sampled, demos, pool, features)
+    expected = posterior["posterior"]["weights"].values.reshape(-1, 3) @ features.numpy().T
+    assert found.shape == (len(expected), 16, 5)
+    np.testing.assert_allclose(found, np.broadcast_to(expected[..., None], found.shape), rtol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so few draws leave-one-out says that it is not to be trusted
+        table = pirl.compare({"sampled": posterior}, demos, mdp, rewards={"sampled": found})
+    assert "sampled: mean policy" in table.index
+    with pytest.raises(errors.OptionError, match="num_draws is 0, but must be a whole number, at least 1"):
+        reward_draws(posterior, sampled, demos, pool, features, num_draws=0)
+
+
+def test_a_reward_of_vectors_is_no_table() -> None:
+    one = torch.eye(1, dtype=F64)
+    puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=3)
+    played = pirl.simulators.roll_out(puck, puck.base_policy, 50)
+    demos = pirl.ContinuousTrajectories(played.states[:2], played.actions[:2])
+
+    def model(demos: pirl.ContinuousTrajectories, pool: pirl.Pool) -> None:
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+        with pyro.plate("episode", len(demos)):
+            law = pirl.SampledMaxEntTrajectory(pool, pirl.FeatureReward(lambda s, a: -(s**2), weight))
+            pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+    pool = pirl.Pool.of(played, puck.base_policy, puck.base_policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", errors.ConvergenceWarning)
+        posterior = pirl.fit(model, demos, pool, **FEW)
+    with pytest.raises(errors.ModelError, match="a function of vectors, and no table"):
+        reward_draws(posterior, model, demos, pool)
+
+
 def subjects(demos: pirl.Trajectories, mdp: pirl.TabularMDP) -> None:
     with pyro.plate("subject", 2, dim=-2):
         level = pyro.sample("level", dist.Normal(0.0, 1.0))

@@ -39,6 +39,14 @@ def test_the_example_of_unknown_dynamics_runs(tmp_path: Path) -> None:
     assert "'partition_trusted': 1" in done.stdout
 
 
+def test_the_example_of_ones_own_finite_simulator_runs(tmp_path: Path) -> None:
+    example = next(block for block in python_blocks() if "class Machine" in block)
+    program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "weights[1]" in done.stdout
+
+
 def test_the_example_of_a_gymnasium_environment_runs(tmp_path: Path) -> None:
     example = next(block for block in python_blocks() if "GymSimulator" in block)
     program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"

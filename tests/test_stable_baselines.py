@@ -340,7 +340,7 @@ def test_options_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         learner(algorithm="dqn")
     with pytest.raises(OptionError, match="bounded Box"):
         learner(gymnasium.spaces.Box(-np.inf, np.inf, (1,)))
-    with pytest.raises(OptionError, match="temperature=0"):
+    with pytest.raises(OptionError, match="temperature is 0.0"):
         learner(temperature=0.0)
     with pytest.raises(OptionError, match="n_step_s"):
         learner(n_step_s=3)

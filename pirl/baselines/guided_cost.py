@@ -23,7 +23,7 @@ from torch import Tensor
 from pirl.baselines.estimate import PointEstimate
 from pirl.baselines.worlds import HISTORY, Sums, make_world
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import OptionError, PartitionError, check_counts
+from pirl.errors import PartitionError, check_counts, check_numbers
 from pirl.pool import Features
 from pirl.simulators import Policy
 from pirl.trajectories import Trajectories
@@ -143,8 +143,7 @@ def sample_gradient(
     began = time.perf_counter()
     check_counts(1, num_rounds=num_rounds)
     check_counts(2, num_rollouts=num_rollouts)
-    if rate <= 0:
-        raise OptionError(f"rate is {rate}, but must be positive")
+    check_numbers(0.0, within=True, rate=rate)
     world = make_world(demos, simulator, features, seed, explore, "causal", base, learner)
     world.begin(num_rollouts)
     sums = world.sums()
@@ -191,12 +190,11 @@ def _alternate(
     began = time.perf_counter()
     check_counts(1, num_rounds=num_rounds)
     check_counts(2, num_rollouts=num_rollouts)
-    if not 0 < least_ess < 1:
-        raise OptionError(f"least_ess is {least_ess}, but must be a share between 0 and 1")
+    check_numbers(0.0, 1.0, within=True, least_ess=least_ess)
+    check_numbers(0.0, tolerance=tolerance, l2=attrs["l2"])
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
     world = make_world(demos, simulator, features, seed, explore, "trajectory", base, learner)
     newest = world.begin(num_rollouts)
-    world.pool.check_support(demos.states, demos.actions, demos.lengths)
     num_features = world.sums().pool.shape[-1]
     parameters = world.sums().pool.new_zeros(num_features + extra)
     history: dict[str, list[float]] = {key: [] for key in HISTORY}
@@ -208,7 +206,10 @@ def _alternate(
         weights = parameters[:num_features]
         change = float((weights - before).norm() / weights.norm().clamp_min(1e-12))
         value = float(objective(sums, parameters).value)
-        if not float((sums.pool @ weights).abs().max()) < _FARTHEST:
+        # Of the demonstrations too, which may go where no sample did; and before large weights cancel in a return.
+        seen = torch.cat([sums.pool, sums.demos])
+        returns, terms = (seen @ weights).abs().max(), (seen.abs() @ weights.abs()).max()
+        if not (float(returns) < _FARTHEST and float(terms) < torch.finfo(terms.dtype).eps ** -0.5):
             raise PartitionError(
                 f"the weights run away (|w| = {float(weights.norm()):.3g}): nothing among {len(sums.pool)} samples "
                 "bounds them; give more roll-outs, or l2"

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from pirl.baselines.estimate import PointEstimate
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import InvalidRewardError, OptionError
+from pirl.errors import InvalidRewardError, OptionError, check_counts, check_numbers, form
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
-from pirl.mdp import TabularMDP
 from pirl.particles import ValuedPolicy, tilt
-from pirl.pool import Features, Pool
+from pirl.pool import Features, Pool, checked_features
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
-from pirl.simulators.playing import require_undiscounted
-from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+from pirl.simulators.playing import check_demonstrations, check_simulator, require_undiscounted
+from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories
 
@@ -67,8 +66,7 @@ class World:
         rollouts = roll_out(self.simulator, plain, num_rollouts, self.generator)
         self.steps += int(rollouts.lengths.sum())
         self.pool = Pool.of(rollouts, plain, measure)
-        self.pool.check_lengths(self.demos.lengths)
-        self.pool.check_ends(self.demos.states, self.demos.lengths)
+        self.pool.check_demonstrations(self.demos)
         return slice(0, num_rollouts)
 
     def extend(self, policy: Policy, num_rollouts: int) -> slice:
@@ -195,6 +193,10 @@ class VectorWorld(World):
                     "base policy (pirl.local_control.gaussian_base)"
                 )
             learner = LocalLearner(simulator, base)
+        if not hasattr(learner, "update"):
+            raise OptionError(
+                f"learner is {form(learner)}, which has no update(reward, generator): see its description"
+            )
         super().__init__(demos, simulator, base, torch.Generator(device=demos.device).manual_seed(seed))
         self.features, self.learner = features, learner
         self._policy: Policy | None = None
@@ -203,13 +205,7 @@ class VectorWorld(World):
         """Fill the pool with roll-outs of the base policy, and look at what the features say of some."""
         newest = super().begin(num_rollouts)
         states, actions, _ = self.pool.decisions(None, None)
-        found = self.features(states[:2], actions[:2])
-        if not isinstance(found, Tensor) or found.dim() != 3 or found.shape[:-1] != states[:2].shape[:-1]:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise InvalidRewardError(
-                f"features(states {tuple(states[:2].shape)}, actions {tuple(actions[:2].shape)}) returned {shape}; "
-                f"expected [{', '.join(map(str, states[:2].shape[:-1]))}, K]: stack them in the last dim"
-            )
+        found = checked_features(self.features, states[:2], actions[:2])
         if found.dtype != self.pool.dtype or not bool(found.isfinite().all()):
             problem = f"{found.dtype}, the roll-outs {self.pool.dtype}" if found.isfinite().all() else "not finite"
             raise InvalidRewardError(f"features are {problem}")
@@ -253,11 +249,14 @@ def make_world(
         DiscountError: the simulator has a discount.
     """
     _check_kinds(demos, simulator, features)
+    check_counts(0, seed=seed)
+    check_numbers(0.0, 1.0, explore=explore)
     require_undiscounted(simulator)
     if not isinstance(features, Tensor):
         return VectorWorld(demos, simulator, features, seed, base, learner)
-    if not isinstance(simulator, FiniteSimulator):
-        raise OptionError("features as a table need a finite simulator: give a function of states and actions")
+    require_finite_simulator(simulator)
+    if not features.shape[-1:].numel() or features.is_complex():
+        raise InvalidRewardError(f"features is {form(features)}; expected real numbers, of at least one feature")
     if not bool(features.isfinite().all()):
         place = (~features.isfinite()).nonzero()[0].tolist()
         raise InvalidRewardError(f"features{place} is {float(features[tuple(place)])}: features must be finite")
@@ -267,18 +266,11 @@ def make_world(
 
 
 def _check_kinds(demos: Any, simulator: Any, features: Any) -> None:
-    if not hasattr(demos, "as_tensor"):
-        raise OptionError(f"demos is a {type(demos).__name__}: give Trajectories or ContinuousTrajectories first")
-    if isinstance(simulator, TabularMDP):
-        raise OptionError("the simulator is a TabularMDP: wrap it, pirl.simulators.TabularSimulator(mdp)")
-    if not (hasattr(simulator, "reset") and hasattr(simulator, "step")) and not hasattr(simulator, "roll_out"):
-        raise OptionError(
-            f"the simulator is a {type(simulator).__name__}, which cannot be played: give demonstrations, a simulator "
-            "and features, in this order"
-        )
+    check_demonstrations(demos)
+    check_simulator(simulator)
     if isinstance(features, Tensor):
         return
     if not callable(features):
-        raise OptionError(f"features is a {type(features).__name__}: give a tensor (torch.as_tensor) or a function")
+        raise OptionError(f"features is {form(features)}: give a tensor (torch.as_tensor) or a function")
     if isinstance(simulator, FiniteSimulator):
         raise OptionError("features of a finite simulator are a table [S, K] or [S, A, K]: call the function on it")

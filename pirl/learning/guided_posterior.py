@@ -17,7 +17,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, form
 from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
@@ -29,8 +29,9 @@ from pirl.pool import Pool
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
-from pirl.simulators.playing import Generator, require_undiscounted
-from pirl.soft_q_learning import FiniteSimulator, SoftQLearner
+from pirl.simulators.playing import Generator, check_demonstrations, check_simulator, require_undiscounted
+from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
+from pirl.trajectories import Trajectories
 
 if TYPE_CHECKING:
     import xarray
@@ -187,12 +188,24 @@ def guided_pool(
     check_counts(4, num_rollouts=num_rollouts)
     if guide not in ("laplace", "svi"):
         raise OptionError(f"guide={guide!r} is not known: use 'laplace' or 'svi'")
+    check_counts(0, seed=seed)
+    for name, function in (("model", model), ("policy_step", policy_step)):
+        if function is not None and not callable(function):
+            raise OptionError(f"{name} is {form(function)}: give a function")
+    if guide_options is not None and not isinstance(guide_options, Mapping):
+        raise OptionError(f"guide_options is {form(guide_options)}: give a dict of options of pirl.fit")
     several = isinstance(simulator, (list, tuple))
+    if several and not isinstance(demos, (list, tuple)):
+        raise OptionError(f"{len(simulator)} simulators, and demos is {form(demos)}: give a list with as many")
     simulators, watched = (simulator, demos) if several else ([simulator], [demos])
     if len(simulators) != len(watched) or not len(simulators):
         raise OptionError(f"{len(simulators)} simulators do not fit {len(watched)} groups of demonstrations")
-    for each in simulators:
+    for each, group in zip(simulators, watched, strict=True):
+        check_demonstrations(group)
+        check_simulator(each)
         require_undiscounted(each)
+    if isinstance(watched[0], Trajectories) and (base is None or policy_step is None):
+        require_finite_simulator(simulators[0])
     generator = torch.Generator().manual_seed(seed)
     if particles and not all(can_tilt(each) for each in simulators):
         raise OptionError("particles=True needs a simulator with reset and step, and vectors that do not end early")
@@ -205,9 +218,7 @@ def guided_pool(
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
-        pool.check_lengths(group.lengths)
-        pool.check_ends(group.states, group.lengths)
-        pool.check_support(group.states, group.actions, group.lengths)
+        pool.check_demonstrations(group)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
     near = _near_samples(model)

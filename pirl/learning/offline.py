@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import InvalidTrajectoriesError, NonFiniteError, OptionError
-from pirl.simulators.playing import Generator
+from pirl.errors import InvalidTrajectoriesError, NonFiniteError, OptionError, check_counts, check_numbers, form
+from pirl.simulators.playing import Generator, check_demonstrations
 from pirl.trajectories import Trajectories
 
 _SMALLEST_SD = 1e-3  # in units of prior_scale: log q has no upper bound without it
@@ -110,8 +110,7 @@ class OfflinePosterior:
         self, states: Tensor, actions: Tensor, num: int, generator: Generator = None
     ) -> Float[Tensor, "num *batch"]:
         """Draws of q(r|s,a), independent of each other, between pairs as well: q knows no correlation."""
-        if num < 1:
-            raise OptionError(f"num is {num}; at least 1 draw is made")
+        check_counts(1, num=num)
         mean, sd = self.reward(states, actions)
         noise = torch.randn(num, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + sd * noise
@@ -208,7 +207,9 @@ def offline_posterior(
         torch.Size([5, 10])
     """
     options = _Options(discount, temperature, td_weight, prior_scale, state_reward)
+    check_demonstrations(demos)
     _check(options, num_actions, hidden, num_steps, batch_size, learning_rate)
+    check_counts(0, seed=seed)
     data = _decisions(demos, num_actions, num_states, terminated)
     generator = torch.Generator().manual_seed(seed)
     inputs, outputs = data.inputs.shape[-1], 1 if state_reward else num_actions
@@ -294,7 +295,8 @@ def _embedding(demos: ContinuousTrajectories | Trajectories, num_states: int | N
         size = int(num_states or 0)
 
         def one_hot(states: Tensor) -> Tensor:
-            if states.is_floating_point() or bool(((states < 0) | (states >= size)).any()):
+            whole = isinstance(states, Tensor) and not states.is_floating_point()
+            if not whole or bool(((states < 0) | (states >= size)).any()):
                 raise InvalidTrajectoriesError(f"states must be whole numbers from 0 to {size - 1}")
             return torch.nn.functional.one_hot(states, size).float()
 
@@ -304,10 +306,9 @@ def _embedding(demos: ContinuousTrajectories | Trajectories, num_states: int | N
     scale = torch.where(scale > 0, scale, 1.0)
 
     def standardised(states: Tensor) -> Tensor:
-        if not states.is_floating_point() or states.shape[-1:] != centre.shape:
-            raise InvalidTrajectoriesError(
-                f"states are {states.dtype} {tuple(states.shape)}; expected vectors of size {len(centre)}"
-            )
+        real = isinstance(states, Tensor) and states.is_floating_point()
+        if not real or states.shape[-1:] != centre.shape:
+            raise InvalidTrajectoriesError(f"states are {form(states)}; expected vectors of size {len(centre)}")
         return ((states.double() - centre) / scale).float()
 
     return standardised
@@ -317,9 +318,9 @@ def _decisions(
     demos: ContinuousTrajectories | Trajectories, num_actions: int, num_states: int | None, terminated: Any
 ) -> _Decisions:
     tabular = isinstance(demos, Trajectories)
-    if not isinstance(demos, (Trajectories, ContinuousTrajectories)):
-        raise InvalidTrajectoriesError(f"demos is a {type(demos).__name__}: expected one of pirl's trajectories")
-    if tabular != (num_states is not None) or (num_states is not None and num_states < 1):
+    if num_states is not None:
+        check_counts(1, num_states=num_states)
+    if tabular != (num_states is not None):
         raise OptionError(f"num_states is {num_states}; tabular demonstrations need a number, and vectors None")
     if not bool((demos.lengths > 0).any()):
         raise InvalidTrajectoriesError("no decision was demonstrated: there is nothing to learn from")
@@ -335,7 +336,10 @@ def _decisions(
         )
     if terminated is None:
         terminated = [end == "terminated" for end in demos.ends] if isinstance(demos, Trajectories) else False
-    ended = torch.as_tensor(terminated, device=demos.device)
+    try:
+        ended = torch.as_tensor(terminated, device=demos.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise OptionError(f"terminated is {form(terminated)}; expected one bool, or {len(demos)}") from None
     if ended.dtype != torch.bool or ended.shape not in ((), (len(demos),)):
         raise OptionError(f"terminated is {ended.dtype} {tuple(ended.shape)}; expected one bool, or {len(demos)}")
     followed = torch.cat([acting[:, 1:], torch.zeros_like(acting[:, :1])], 1)
@@ -362,6 +366,8 @@ def _scalars(actions: Float[Tensor, "N T da"]) -> Float[Tensor, "N T"]:
 
 
 def _numbered(actions: Tensor, batch: Sequence[int], num_actions: int) -> Int[Tensor, "*batch"]:
+    if not isinstance(actions, Tensor):
+        raise InvalidTrajectoriesError(f"actions are {form(actions)}: expected a tensor of whole numbers")
     if actions.shape == (*batch, 1):
         actions = actions.squeeze(-1)
     wrong = (actions != actions.round()) | (actions < 0) | (actions >= num_actions)
@@ -375,19 +381,13 @@ def _numbered(actions: Tensor, batch: Sequence[int], num_actions: int) -> Int[Te
 def _check(
     options: _Options, num_actions: int, hidden: Sequence[int], num_steps: int, batch_size: int, learning_rate: float
 ) -> None:
-    whole = {"num_actions": num_actions, "num_steps": num_steps, "batch_size": batch_size}
-    for name, number in (*whole.items(), *(("hidden", width) for width in hidden)):
-        if number != int(number) or number < 1:
-            raise OptionError(f"{name} is {number}; it must be a whole number, at least 1")
-    if not 0 <= options.discount <= 1:
-        raise OptionError(f"discount is {options.discount}; it must lie between 0 and 1")
-    if not 0 <= options.td_weight < math.inf:
-        raise OptionError(f"td_weight is {options.td_weight}; it must be finite and not negative")
-    positive = {
-        "temperature": options.temperature,
-        "prior_scale": options.prior_scale,
-        "learning_rate": learning_rate,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise OptionError(f"{name} is {value}; it must be positive and finite")
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise OptionError(f"hidden is {hidden!r}: give the widths of all layers, such as (64, 64)")
+    check_counts(1, num_actions=num_actions, num_steps=num_steps, batch_size=batch_size)
+    for width in hidden:
+        check_counts(1, hidden=width)
+    check_numbers(0.0, 1.0, discount=options.discount)
+    check_numbers(0.0, td_weight=options.td_weight)
+    check_numbers(
+        0.0, within=True, temperature=options.temperature, prior_scale=options.prior_scale, learning_rate=learning_rate
+    )

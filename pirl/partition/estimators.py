@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import OptionError, PartitionError, check_counts
-from pirl.partition.gates import PartitionEstimate, check_log_weights, pareto_k, spread
+from pirl.errors import OptionError, PartitionError, check_counts, form
+from pirl.partition.gates import PartitionEstimate, check_form, check_log_weights, pareto_k, spread
 
 MULTILEVEL_K = 0.4
 """Beyond this tail index the multilevel estimator's variance may be infinite."""
@@ -40,6 +40,7 @@ def log_mean_exp(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batc
         >>> log_mean_exp(torch.tensor([1.0, 3.0]).log()).exp()
         tensor(2.)
     """
+    check_form(log_weights)
     return log_weights.logsumexp(-1) - math.log(log_weights.shape[-1])
 
 
@@ -57,10 +58,13 @@ def mixture_log_density(log_densities: Float[Tensor, "K N"], counts: Tensor) -> 
         >>> mixture_log_density(torch.zeros(2, 5), torch.tensor([3, 2])).round(decimals=4).abs()
         tensor([0., 0., 0., 0., 0.])
     """
-    if log_densities.dim() != 2 or counts.shape != log_densities.shape[:1] or not bool((counts > 0).any()):
+    check_form(log_densities, "log densities")
+    if log_densities.dim() != 2 or not isinstance(counts, Tensor) or counts.shape != log_densities.shape[:1]:
         raise PartitionError(
-            f"densities {tuple(log_densities.shape)} do not fit counts {tuple(counts.shape)}: expected [K, N] and [K]"
+            f"densities {tuple(log_densities.shape)} do not fit counts, {form(counts)}: expected tensors [K, N] and [K]"
         )
+    if bool((counts < 0).any()) or not bool((counts > 0).any()):
+        raise PartitionError(f"counts are {counts.tolist()}: expected numbers from 0 on, and not all of them 0")
     if bool((log_densities.isnan() | (log_densities == torch.inf)).any()):
         proposal, sample = (log_densities.isnan() | (log_densities == torch.inf)).nonzero()[0].tolist()
         raise PartitionError(f"log density of sample {sample} under proposal {proposal} is NaN or +inf")
@@ -93,10 +97,15 @@ def reconcile(
         errors: standard errors of the log constants; 0 where they are known.
         worth: independent draws that a sample counts for (particles share ancestors); 1 by default.
 
+    Raises:
+        PartitionError: shapes disagree, a density is NaN or +inf, a proposal that there is not or that gave no sample,
+            or errors that are negative or not finite.
+
     Example:
         >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1]))
         tensor([0., 0.])
     """
+    _check_proposals(log_densities, origin, errors, worth)
     # In double precision: what proposals without overlap leave is far below that of floats.
     constants, free = torch.zeros_like(errors), (errors > 0).nonzero().flatten()
     if len(free) < 2:
@@ -124,6 +133,29 @@ def reconcile(
     before = torch.diag(errors[free].double() ** -2)
     constants[free] = torch.linalg.solve(precision + before, precision @ agreed).to(errors)
     return constants
+
+
+def _check_proposals(log_densities: Any, origin: Any, errors: Any, worth: Any) -> None:
+    check_form(log_densities, "log densities")
+    proposals, samples = log_densities.shape if log_densities.dim() == 2 else (-1, -1)
+    given = {"origin": (origin, samples), "errors": (errors, proposals)}
+    given |= {} if worth is None else {"worth": (worth, proposals)}
+    for name, (x, size) in given.items():
+        if not isinstance(x, Tensor) or x.shape != (size,) or x.is_floating_point() != (name != "origin"):
+            kind = "whole" if name == "origin" else "floating"
+            raise PartitionError(
+                f"{name} is {form(x)}, and log densities {tuple(log_densities.shape)}: expected a tensor of {kind} "
+                "numbers, with densities [K, N], origin [N], errors [K] and worth [K]"
+            )
+    if bool((log_densities.isnan() | (log_densities == torch.inf)).any()):
+        raise PartitionError("log densities are NaN or +inf somewhere: give those of the policies that played")
+    if set(origin.unique().tolist()) != set(range(proposals)):
+        raise PartitionError(
+            f"samples are of proposals {origin.unique().tolist()}: each of 0 to {proposals - 1} must have given some"
+        )
+    for name, x in (("errors", errors), ("worth", worth)):
+        if x is not None and not bool((x.isfinite() & (x >= 0)).all()):
+            raise PartitionError(f"{name} are {x.tolist()}: expected finite numbers from 0 on")
 
 
 def importance(log_weights: Float[Tensor, "*batch N"]) -> PartitionEstimate:
@@ -183,7 +215,7 @@ def multilevel(
     check_counts(1, base=base)
     uniform = torch.rand(num_replicates, generator=generator, dtype=torch.float64)
     level = (uniform.log() / math.log(_SHARE_OF_LEVELS)).floor().long()  # geometric
-    values, weights = [], []
+    values, weights = [], list[Tensor]()
     for k in range(int(level.max()) + 1):
         count = int((level == k).sum())
         if count == 0:
@@ -191,6 +223,11 @@ def multilevel(
         size = base * 2 ** (k + 1)
         drawn = draw(count * size)
         check_log_weights(drawn)
+        if drawn.shape[-1] != count * size or (weights and drawn.shape[:-1] != weights[0].shape[:-1]):
+            raise PartitionError(
+                f"draw({count * size}) gave log weights {tuple(drawn.shape)}: expected [*batch, {count * size}], "
+                "of one batch each time"
+            )
         weights.append(drawn.detach())
         parts = drawn.unflatten(-1, (count, size))
         halves = log_mean_exp(parts.unflatten(-1, (2, size // 2)))  # [*batch, count, 2]
@@ -237,6 +274,12 @@ def sandwich(
     """
     check_log_weights(log_weights)
     check_log_weights(exact_log_weights)
+    if log_weights.shape[:-1] != exact_log_weights.shape[:-1] or log_weights.dtype != exact_log_weights.dtype:
+        raise PartitionError(
+            f"log weights are {form(log_weights)}, and those of exact draws {form(exact_log_weights)}: expected one "
+            "batch and dtype, [*batch, N] and [*batch, M]"
+        )
+    check_counts(1, block=1 if block is None else block)
     total, exact = log_weights.shape[-1], exact_log_weights.shape[-1]
     block = total // exact if block is None else block
     if block < 1 or block * 2 > total or exact < 2:

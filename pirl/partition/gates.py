@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import PartitionError
+from pirl.errors import OptionError, PartitionError, check_counts, check_numbers, form
 
 ESS_PER_DEMONSTRATION = 100
 """Effective samples a demonstration for a posterior mean within a tenth of a posterior standard deviation."""
@@ -48,6 +48,7 @@ def pareto_k(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
         >>> pareto_k(torch.zeros(100))
         tensor(-inf)
     """
+    check_form(log_weights)
     if log_weights.shape[-1] < _FEWEST_FOR_TAIL:
         return log_weights.new_full(log_weights.shape[:-1], torch.nan)
     from arviz_stats.base import array_stats
@@ -77,6 +78,7 @@ def trusted_k(num_samples: int) -> float:
         >>> trusted_k(100), trusted_k(10_000)
         (0.5, 0.7)
     """
+    check_counts(1, num_samples=num_samples)
     return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
 
 
@@ -98,6 +100,10 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
         >>> untrusted(importance(torch.zeros(3, 1000)), num_demonstrations=50)
         'log Z is not known well enough: 1000 effective samples of 1000 for 50 demonstrations (needed: 5000)...'
     """
+    if not isinstance(estimate, PartitionEstimate):
+        raise OptionError(f"estimate is {form(estimate)}: give what pirl.partition.importance returned")
+    check_counts(1, num_demonstrations=num_demonstrations)
+    check_numbers(0.0, 1.0, share=share)
     ess, khat = estimate.ess.detach().flatten(), estimate.pareto_k.detach().flatten()
     need, most = ESS_PER_DEMONSTRATION * num_demonstrations, trusted_k(estimate.num_samples)
     low = float(ess.quantile(1 - share))
@@ -131,15 +137,30 @@ def require_trusted(estimate: PartitionEstimate, num_demonstrations: int, share:
         raise PartitionError(reason)
 
 
-def check_log_weights(log_weights: Tensor) -> None:
+def check_form(log_weights: Any, name: str = "log weights") -> None:
+    """Refuse what are no log weights (or densities), whatever their values.
+
+    Raises:
+        PartitionError: no floating tensor, or no samples.
+    """
+    if (
+        not isinstance(log_weights, Tensor)
+        or not log_weights.is_floating_point()
+        or log_weights.dim() < 1
+        or log_weights.shape[-1] < 1
+    ):
+        raise PartitionError(
+            f"{name} are {form(log_weights)}; expected a floating tensor [*batch, N] of at least one sample"
+        )
+
+
+def check_log_weights(log_weights: Any) -> None:
     """Refuse what no estimate can be made of.
 
     Raises:
         PartitionError: no samples, weights that are NaN or infinite, or all of them 0.
     """
-    if not isinstance(log_weights, Tensor) or log_weights.dim() < 1 or log_weights.shape[-1] < 1:
-        kind = tuple(log_weights.shape) if isinstance(log_weights, Tensor) else type(log_weights).__name__
-        raise PartitionError(f"log weights are {kind}; expected a tensor [*batch, N] of at least one sample")
+    check_form(log_weights)
     wrong = log_weights.isnan() | (log_weights == torch.inf)
     if bool(wrong.any()):
         raise PartitionError(

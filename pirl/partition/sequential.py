@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pirl.errors import OptionError, PartitionError, check_counts, check_numbers, form
 from pirl.partition.estimators import log_mean_exp
 from pirl.partition.gates import PartitionEstimate, check_log_weights, pareto_k, spread
 
@@ -69,7 +70,8 @@ def smc(
         generator: of the resampling.
 
     Raises:
-        PartitionError: a weight is NaN or +inf, or all weights of a run are 0.
+        OptionError: an option out of range.
+        PartitionError: a weight is NaN or +inf, or all weights of a run are 0; or a law answers in another shape.
 
     Example:
         >>> walk = Particles(
@@ -158,18 +160,28 @@ def _filter(
     generator: torch.Generator | None,
     keep_paths: bool,
 ) -> ParticleRuns:
-    states, ratio = particles.reset(shape)
-    twist = particles.twist or (lambda t, s: ratio.new_zeros(shape))
-    ahead = twist(0, states).detach()
+    if not isinstance(particles, Particles):
+        raise OptionError(
+            f"particles is {form(particles)}: give pirl.partition.Particles(reset, propose, step, reward)"
+        )
+    check_counts(1, num_steps=num_steps, num_runs=shape[0], num_particles=shape[1])
+    check_numbers(0.0, 1.0, threshold=threshold)
+    states, ratio = _pair("reset", particles.reset(shape), shape)
+    own = particles.twist or (lambda t, s: ratio.new_zeros(shape))
+
+    def twist(t: int, states: Tensor) -> Tensor:
+        return _numbers("twist", own(t, states), shape).detach()
+
+    ahead = twist(0, states)
     log_weight, log_partition = ratio.detach() + ahead, ratio.new_zeros(shape[0])
     returns: Tensor = ratio.new_zeros(shape)
     visited, chosen, parents = [states], list[Tensor](), list[Tensor]()
     same = torch.arange(shape[1], device=ratio.device).expand(shape)
     for t in range(num_steps):
-        actions, preferred = particles.propose(t, states)
-        gained = particles.reward(t, states, actions)
-        following, moved = particles.step(t, states, actions)
-        later = twist(t + 1, following).detach() if t + 1 < num_steps else torch.zeros_like(ahead)
+        actions, preferred = _pair("propose", particles.propose(t, states), shape)
+        gained = _numbers("reward", particles.reward(t, states, actions), shape)
+        following, moved = _pair("step", particles.step(t, states, actions), shape)
+        later = twist(t + 1, following) if t + 1 < num_steps else torch.zeros_like(ahead)
         log_weight = log_weight + (gained + preferred + moved + later - ahead).detach()
         check_log_weights(log_weight)
         returns, states, ahead, ancestor = returns + gained, following, later, same
@@ -192,6 +204,24 @@ def _filter(
         visited[0] = take(visited[0], line)
     paths = (torch.stack(visited, 2), torch.stack(chosen, 2)) if keep_paths else (states, states)
     return ParticleRuns(log_partition + log_mean_exp(log_weight), log_weight, returns, *paths)
+
+
+def _numbers(name: str, answer: Any, shape: tuple[int, int]) -> Tensor:
+    """What a law answered, one number a particle."""
+    if not isinstance(answer, Tensor) or answer.shape != shape or not answer.is_floating_point():
+        raise PartitionError(
+            f"{name} of the particles gave {form(answer)}; expected floating numbers {shape}, one each"
+        )
+    return answer
+
+
+def _pair(name: str, answer: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What a law drew ``[num_runs, n, *event]``, and its log ratio."""
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[0], Tensor):
+        raise PartitionError(f"{name} of the particles gave {form(answer)}; expected what it drew and its log ratio")
+    if tuple(answer[0].shape[:2]) != shape:
+        raise PartitionError(f"{name} of the particles drew {tuple(answer[0].shape)}; expected [*{shape}, *event]")
+    return answer[0], _numbers(name, answer[1], shape)
 
 
 def take(particles: Tensor, ancestor: Int[Tensor, "R n"]) -> Tensor:

@@ -9,8 +9,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import HorizonError, MissingDependencyError, OptionError
+from pirl.errors import HorizonError, MissingDependencyError, OptionError, check_counts, form, is_count
 from pirl.simulators.playing import Generator, Policy, Rollouts, checked_states, play
+
+
+def made_environment(env: Any, horizon: int | None = None, **options: Any) -> tuple[Any, int]:
+    """An environment by its id, from a function, or as it is; and its horizon.
+
+    Raises:
+        OptionError: there is no such environment, in Gymnasium's words, or it is none.
+        HorizonError: the horizon is not a positive whole number, or none is known.
+    """
+    import gymnasium
+
+    if horizon is not None and not is_count(horizon):
+        raise HorizonError(f"horizon is {horizon!r}; it must be a whole number of decisions, at least 1")
+    if isinstance(env, str):
+        try:
+            made: Any = gymnasium.make(env, max_episode_steps=horizon, **options)
+        except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
+            hint = (str(error).splitlines() or [""])[0]
+            raise OptionError(f"gymnasium cannot make {env!r}: {hint}") from error
+    else:
+        made = env() if callable(env) else env
+    if not isinstance(made, gymnasium.Env):
+        raise OptionError(f"env is {form(made)}: give an environment's id, a function that makes one, or one")
+    limit = getattr(made.spec, "max_episode_steps", None) if horizon is None else horizon
+    if limit is None:
+        raise HorizonError("horizon is None, and the environment has none of its own: give at least 1")
+    return made, int(limit)
 
 
 class GymSimulator:
@@ -56,12 +83,12 @@ class GymSimulator:
             import gymnasium
         except ImportError:
             raise MissingDependencyError("gymnasium is not installed: pip install 'pirl[envs]'") from None
-        if copies < 1 or (copies > 1 and not (isinstance(env, str) or callable(env))):
-            raise OptionError(f"copies is {copies}; it is at least 1, and more need an id or a function, not one env")
-        if isinstance(env, str):
-            self._envs = [gymnasium.make(env, max_episode_steps=horizon, **options) for _ in range(copies)]
-        else:
-            self._envs = [env() for _ in range(copies)] if callable(env) else [env]
+        check_counts(1, copies=copies)
+        if copies > 1 and not (isinstance(env, str) or callable(env)):
+            raise OptionError(f"copies is {copies}; more than 1 need an id or a function, not one env")
+        made = [made_environment(env, horizon, **options) for _ in range(copies)]
+        self._envs: list[Any] = [one for one, _ in made]
+        self.horizon = made[0][1]
         space: Any = self._envs[0].observation_space
         choice: Any = self._envs[0].action_space
         discrete, box = isinstance(choice, gymnasium.spaces.Discrete), isinstance(choice, gymnasium.spaces.Box)
@@ -70,10 +97,7 @@ class GymSimulator:
                 f"observations are {space} and actions {choice}: expected Box, and Discrete or Box (tables are read by "
                 "pirl.envs.from_gymnasium)"
             )
-        limit = getattr(self._envs[0].spec, "max_episode_steps", None) if horizon is None else horizon
-        if limit is None or limit < 1:
-            raise HorizonError(f"horizon is {limit}; the environment has none of its own: give at least 1")
-        self.horizon, self.absorb, self.discrete, self.dtype = int(limit), absorb, discrete, dtype
+        self.absorb, self.discrete, self.dtype = absorb, discrete, dtype
         self.num_actions = int(choice.n) if discrete else None
         self.state_size = int(np.prod(space.shape))
         self.action_size = None if discrete else int(np.prod(choice.shape))
@@ -82,6 +106,7 @@ class GymSimulator:
     @torch.no_grad()
     def roll_out(self, policy: Policy, num: int, generator: Generator = None) -> Rollouts:
         """As :func:`roll_out`. Each episode is seeded from ``generator``, whatever was played before."""
+        check_counts(1, num=num)
         seeds = torch.randint(2**31 - 1, (num,), generator=generator).tolist()
         copies = len(self._envs)
         parts = [self._side_by_side(policy, seeds[i : i + copies], generator) for i in range(0, num, copies)]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidPolicyError, UnavailableActionError
+from pirl.errors import HorizonError, InvalidPolicyError, OptionError, UnavailableActionError, form, is_count
 from pirl.mdp import TabularMDP
 from pirl.simulators.playing import Generator
 
@@ -24,9 +24,9 @@ class TabularPolicy:
     """
 
     def __init__(self, log_policy: Tensor) -> None:
-        if log_policy.dim() not in (2, 3) or not log_policy.is_floating_point():
+        if not isinstance(log_policy, Tensor) or log_policy.dim() not in (2, 3) or not log_policy.is_floating_point():
             raise InvalidPolicyError(
-                f"log_policy is {log_policy.dtype} {tuple(log_policy.shape)}; expected log pi [S, A] or [T, S, A]"
+                f"log_policy is {form(log_policy)}; expected a floating tensor, log pi [S, A] or [T, S, A]"
             )
         log_policy = log_policy.detach()
         weight = log_policy.exp().cumsum(-1)
@@ -67,6 +67,8 @@ def base_policy(mdp: TabularMDP | TabularSimulator) -> TabularPolicy:
         >>> base_policy(world).log_prob(torch.tensor([0]), torch.tensor([4]), step=0).exp()
         tensor([0.2000], dtype=torch.float64)
     """
+    if not isinstance(getattr(mdp, "log_prior", None), Tensor):
+        raise OptionError(f"mdp is {form(mdp)}, which has no table log_prior: give a TabularMDP")
     return TabularPolicy(torch.log_softmax(mdp.log_prior, -1))
 
 
@@ -99,6 +101,8 @@ class BaseMeasure:
     """
 
     def __init__(self, log_prior: Float[Tensor, "S A"]) -> None:
+        if not isinstance(log_prior, Tensor) or log_prior.dim() != 2 or not log_prior.is_floating_point():
+            raise InvalidPolicyError(f"log_prior is {form(log_prior)}; expected a floating tensor, log p(a|s) [S, A]")
         self.log_prior, self.policy = log_prior, TabularPolicy(torch.log_softmax(log_prior, -1))
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
@@ -131,11 +135,13 @@ class TabularSimulator:
     """
 
     def __init__(self, mdp: TabularMDP, horizon: int | None = None) -> None:
+        if not isinstance(mdp, TabularMDP):
+            raise OptionError(f"mdp is {form(mdp)}: make a pirl.TabularMDP of it first")
         horizon = mdp.horizon if horizon is None else horizon
         if horizon is None:
             raise HorizonError("the MDP has no horizon: say how long a roll-out is, TabularSimulator(mdp, horizon=...)")
-        if horizon < 1:
-            raise HorizonError(f"horizon is {horizon}; a roll-out has at least 1 decision")
+        if not is_count(horizon):
+            raise HorizonError(f"horizon is {horizon!r}; a roll-out has a whole number of decisions, at least 1")
         self.horizon, self.discount = horizon, mdp.discount
         self.log_prior, self.terminal, self.available = mdp.log_prior, mdp.terminal, mdp.available & mdp.acts
         self.steps_taken = 0

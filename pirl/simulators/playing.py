@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import DiscountError, InvalidPolicyError, InvalidRewardError, OptionError, SimulatorError
+from pirl.errors import (
+    DiscountError,
+    InvalidPolicyError,
+    InvalidRewardError,
+    InvalidTrajectoriesError,
+    OptionError,
+    PirlError,
+    SimulatorError,
+    check_counts,
+    form,
+)
 from pirl.trajectories import End, Trajectories
 
 Generator = torch.Generator | None
@@ -205,16 +215,19 @@ def roll_out(
         generator: of all that is random; torch's own by default.
 
     Raises:
+        OptionError: what was given is no simulator, no policy, or no number of episodes.
         SimulatorError: the simulator raised, or gave the wrong number of states or non-finite ones; names the step.
-        InvalidPolicyError: the policy gave the wrong number of actions, non-finite ones, or ones of density 0.
+        InvalidPolicyError: the policy raised, or gave the wrong number of actions, non-finite ones, or ones of density
+            0; names the step.
 
     Example:
         >>> mdp = pirl.TabularMDP(torch.ones(1, 2, 1).double(), initial=0, horizon=3)
         >>> roll_out(TabularSimulator(mdp), base_policy(mdp), 5).log_density.exp()
         tensor([0.1250, 0.1250, 0.1250, 0.1250, 0.1250], dtype=torch.float64)
     """
-    if num < 1:
-        raise OptionError(f"num is {num}; at least 1 episode is played")
+    check_simulator(simulator)
+    check_policy(policy)
+    check_counts(1, num=num)
     if isinstance(simulator, EpisodeSimulator):
         return simulator.roll_out(policy, num, generator)
 
@@ -232,6 +245,44 @@ def roll_out(
 
     played = play(first, advance, policy, simulator.horizon, generator)
     return played._replace(terminal=known_ends(simulator, played.states))
+
+
+def check_simulator(simulator: Any) -> None:
+    """Refuse what cannot be played, and say what it lacks.
+
+    Raises:
+        OptionError: it is no simulator.
+    """
+    if not isinstance(simulator, type) and isinstance(simulator, (Simulator, EpisodeSimulator)):
+        return
+    lacks = [name for name in ("horizon", "reset", "step") if not hasattr(simulator, name)]
+    raise OptionError(
+        f"the simulator is {form(simulator)}, which cannot be played for want of {', '.join(lacks) or 'an instance'}: "
+        "give one in this place (a TabularMDP is wrapped, pirl.simulators.TabularSimulator(mdp))"
+    )
+
+
+def check_policy(policy: Any, name: str = "policy") -> None:
+    """Refuse what cannot decide.
+
+    Raises:
+        OptionError: it is no policy, nor a law of whole trajectories.
+    """
+    if isinstance(policy, type) or not isinstance(policy, (Policy, WholeLaw)):
+        raise OptionError(
+            f"{name} is {form(policy)}, and no policy with sample and log_prob: give one, such as "
+            "pirl.simulators.TabularPolicy of a table, or pirl.local_control.gaussian_base(...)"
+        )
+
+
+def check_demonstrations(demos: Any) -> None:
+    """Refuse what is no demonstrations.
+
+    Raises:
+        OptionError: says what belongs there.
+    """
+    if not hasattr(demos, "as_tensor"):
+        raise OptionError(f"demos is {form(demos)}: give Trajectories or ContinuousTrajectories first")
 
 
 def require_undiscounted(simulator: object) -> None:
@@ -269,6 +320,11 @@ def log_density(
         >>> log_density(base_policy(mdp), torch.zeros(4, 4).long(), torch.zeros(4, 3).long()).exp()
         tensor([0.1250, 0.1250, 0.1250, 0.1250], dtype=torch.float64)
     """
+    check_policy(policy)
+    if not isinstance(states, Tensor) or not isinstance(actions, Tensor):
+        raise InvalidTrajectoriesError(
+            f"states are {form(states)} and actions {form(actions)}: give a policy, then two tensors"
+        )
     if lengths is None:
         everywhere = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
         acting = everywhere if actions.is_floating_point() else actions >= 0
@@ -278,7 +334,8 @@ def log_density(
     total = None
     for t in range(int(lengths.max()) if len(lengths) else 0):
         here = (lengths > t).nonzero().flatten()
-        log_prob = policy.log_prob(states[here, t], actions[here, t], t)
+        now, chosen = states[here, t], actions[here, t]
+        log_prob = _decides(lambda: policy.log_prob(now, chosen, t), t, now)  # noqa: B023
         total = log_prob.new_zeros(len(actions)) if total is None else total
         total = total.index_add(0, here, log_prob)
     return torch.zeros(len(actions), device=actions.device) if total is None else total
@@ -348,14 +405,31 @@ def checked_states(states: Any, num: int, like: Tensor | None = None) -> Tensor:
     return states
 
 
+def _decides(call: Callable[[], Any], step: int, states: Tensor) -> Tensor:
+    """What a policy answers, a tensor; whatever it raises becomes an InvalidPolicyError that says when."""
+    given = f"at step {step}, given states {states.dtype} {tuple(states.shape)}"
+    try:
+        answer = call()
+    except PirlError:
+        raise
+    except Exception as error:
+        cause = (str(error).splitlines() or [""])[0]
+        raise InvalidPolicyError(
+            f"the policy failed {given}: {type(error).__name__}: {cause}: is it one for such states and actions?"
+        ) from error
+    if not isinstance(answer, Tensor):
+        raise InvalidPolicyError(f"the policy gave {form(answer)} {given}: expected a tensor")
+    return answer
+
+
 def _decided(policy: Policy, states: Tensor, step: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    actions = policy.sample(states, step, generator)
+    actions = _decides(lambda: policy.sample(states, step, generator), step, states)
     if actions.shape[:1] != states.shape[:1] or not bool(actions.isfinite().all()):
         raise InvalidPolicyError(
             f"the policy gave actions {tuple(actions.shape)} for {len(states)} states at step {step}, "
             "or non-finite ones: expected one finite action each"
         )
-    log_prob = policy.log_prob(states, actions, step)
+    log_prob = _decides(lambda: policy.log_prob(states, actions, step), step, states)
     if log_prob.shape != states.shape[:1] or not bool(log_prob.isfinite().all()):
         raise InvalidPolicyError(
             f"log_prob of the policy's own actions at step {step} is {tuple(log_prob.shape)} or not finite: expected "
