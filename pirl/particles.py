@@ -173,7 +173,8 @@ def tilt(
     states, actions = states[drawn], actions[drawn]
     lengths = _lengths(actions)
     density, terminal = proposal.log_density(states, actions, lengths), known_ends(simulator, states)
-    return Rollouts(states, actions, density, lengths, terminal=terminal), proposal
+    discount = getattr(simulator, "discount", 1.0)
+    return Rollouts(states, actions, density, lengths, terminal=terminal, discount=discount), proposal
 
 
 def can_tilt(simulator: object) -> bool:

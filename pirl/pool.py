@@ -14,7 +14,7 @@ from torch import Tensor
 from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, PartitionError
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
-from pirl.simulators.playing import paying
+from pirl.simulators.playing import paying, require_undiscounted
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
@@ -72,11 +72,13 @@ class Pool:
 
         Raises:
             OptionError: the roll-outs are none.
+            DiscountError: they are of a simulator with a discount, of which log Z knows nothing.
             PartitionError: a roll-out has density 0, NaN or infinity under its own policy, or another density than when
                 it was played.
         """
         if not isinstance(rollouts, Rollouts):
             raise OptionError(f"rollouts is a {type(rollouts).__name__}: give what roll_out returned, then its policy")
+        require_undiscounted(rollouts)
         _check_player(rollouts, policy)
         log_base = torch.zeros_like(rollouts.log_density) if base is None else _density(base, rollouts)
         pool = cls(
@@ -98,6 +100,7 @@ class Pool:
 
         Raises:
             InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
+            DiscountError: the roll-outs are of a simulator with a discount.
             PartitionError: a density is NaN or infinite, or another one than when the roll-out was played.
         """
         if rollouts.states.shape[1:] != self.states.shape[1:] or rollouts.actions.shape[1:] != self.actions.shape[1:]:
@@ -106,6 +109,7 @@ class Pool:
                 f"{tuple(rollouts.actions.shape[1:])} do not fit a pool with {tuple(self.states.shape[1:])} and "
                 f"{tuple(self.actions.shape[1:])}"
             )
+        require_undiscounted(rollouts)
         _check_player(rollouts, policy)
         log_base = torch.zeros_like(rollouts.log_density) if self.base is None else _density(self.base, rollouts)
         under_old = torch.stack([self._under(old, rollouts, log_base) for old in self.policies])
