@@ -72,6 +72,20 @@ def test_the_lower_rungs() -> None:
     assert weighed.attrs["environment_steps"] * 4 < plain.attrs["environment_steps"]
 
 
+@pytest.mark.parametrize("particles", [False, True])
+def test_environment_steps_are_those_that_the_simulator_was_asked_for(particles: bool) -> None:
+    """Also where episodes end, and where the runs of particles hold more of them than there are draws."""
+    mdp = gridworld(4, 4, slip=0.1, horizon=STEPS, initial=(1, 1), terminal=[(2, 2)])
+    simulator = TabularSimulator(mdp)
+    demos = roll_out(simulator, base_policy(mdp), 20, torch.Generator().manual_seed(0)).trajectories()
+    before = simulator.steps_taken
+    found = guided_cost(
+        demos, simulator, gridworld_features(4, 4, 3), num_rounds=3, num_rollouts=211, particles=particles, l2=1.0,
+        tolerance=0.0,
+    )  # fmt: skip
+    assert found.attrs["environment_steps"] == simulator.steps_taken - before == found.history["environment_steps"][-1]
+
+
 def test_a_constant_feature_moves_nothing() -> None:
     mdp, features, demos = problem(0.0, num=20)
     constant = torch.cat([features, torch.full((16, 1), 0.1).double()], 1)
