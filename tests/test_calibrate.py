@@ -35,9 +35,10 @@ from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
 from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
+from pirl.plots.style import ORANGE
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
-from pirl.uniformity import holm
+from pirl.uniformity import holm, p_values
 from pirl.verdicts import _coverage, is_calibrated, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
@@ -147,6 +148,32 @@ def test_arviz_draws_it_and_so_does_pirl(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert len(figure.axes) == panels
     titles = [ax.get_title() for ax in plot_ranks(found).axes]
     assert titles[0] == "mu (leaves the band)"
+
+
+@pytest.mark.parametrize("other", ["sound", "unsound"])
+def test_figures_mark_what_the_verdict_names(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """A p-value between 5% and half of it, of two: the verdict depends on the other, drawn or not (Holm 1979)."""
+    found = study(monkeypatch, exact(), num_replicates=60, num_draws=19)
+    even = np.arange(60) % 20
+    for moved in range(60):
+        ranks = np.where(np.arange(60) < moved, 0, even)
+        if p_values(ranks, 19) < 0.05:
+            break
+    assert p_values(ranks, 19) > 0.025
+    found["ranks"]["log_likelihood"].values[0] = ranks
+    found["ranks"]["mu"].values[0] = even if other == "sound" else 0
+    table = verdicts(found)
+    assert (table["finding"] == "uniform").tolist() == [other == "sound"] * 2
+    for names in (None, ["mu"], ["log_likelihood"]):
+        for ax in plot_ranks(found, names=names).axes:
+            name = ax.get_title().removesuffix(" (leaves the band)")
+            marked = table.loc[name, "finding"] != "uniform"
+            line = ax.get_lines()[1]
+            edge = ax.collections[0].get_paths()[0].vertices
+            limits = [edge[np.isclose(edge[:, 0], x), 1] for x in line.get_xdata()]
+            within = [y.min() - 1e-9 <= at <= y.max() + 1e-9 for y, at in zip(limits, line.get_ydata(), strict=True)]
+            assert ax.get_title().endswith(" (leaves the band)") == marked == (not all(within))
+            assert (line.get_color() == ORANGE) == marked
 
 
 # ------------------------------------------------------------------------------------------------- truths and data
