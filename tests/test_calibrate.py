@@ -527,6 +527,18 @@ def recorder(data: Tensor) -> None:
         pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
 
 
+@pytest.mark.parametrize("dim", ["chain", "draw", "summary"])
+def test_dims_that_a_study_has_itself_are_refused_before_sampling(monkeypatch: pytest.MonkeyPatch, dim: str) -> None:
+    def unasked(potential: Potential, **options: Any) -> Draws:
+        raise AssertionError("was sampled")
+
+    monkeypatch.setattr(module, "get_engine", lambda name: unasked)
+    pair = {"pair": lambda draws, data: draws["twice"]}
+    for name in ("twice", "pair"):
+        with pytest.raises(ModelError, match=f"{name!r} has a dim {dim!r}, as results have of their own"):
+            pirl.calibrate(recorder, DATA, quantities=pair, dims={name: [dim]}, engine="laplace", progress=False)
+
+
 def test_what_a_model_records_is_ranked_by_its_name() -> None:
     sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 3, "num_draws": 9, "progress": False}
     found = pirl.calibrate(recorder, DATA, quantities=["twice"], **sizes)
