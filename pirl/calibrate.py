@@ -34,7 +34,7 @@ from pirl.errors import (
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
-from pirl.infer.datatree import Named, check_names, planned, to_datatree
+from pirl.infer.datatree import Named, check_names, check_reserved, planned, to_datatree
 from pirl.infer.engine import one_thread, progress_bar
 from pirl.infer.ranks import Ranks, join
 from pirl.infer.replicated import STARTS, run_all
@@ -183,6 +183,9 @@ def calibrate(
         known = {*plan["posterior"], *potential.sites, *study.plan, *study.quantities}
         if unknown := set(dims or {}) - known:
             raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site, argument or quantity of the model")
+        names = {name: layout for name, (layout, _) in plan["posterior"].items()}
+        names |= {name: tuple(dims[name]) for name in study.quantities if dims and name in dims}
+        check_reserved(names, ("chain", "draw", "summary"))
 
         told = list[int]()
 
@@ -219,7 +222,6 @@ def calibrate(
         found = rows.gathered()
         if not ranks.leads:
             return None  # type: ignore[return-value]
-    names = {name: layout for name, (layout, _) in plan["posterior"].items()} | dict(dims or {})
     groups = _groups(found, rows.shapes, num_draws, names, seed)
     attrs: dict[str, str | int | float] = {
         "inference_library": "pirl", "model": str(identity["model"]), "engine": engine, "seed": seed, **counts,

@@ -20,7 +20,7 @@ from torch import Tensor
 from pirl.errors import ConvergenceWarning, OptionError, check_counts
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
-from pirl.infer.datatree import Named, check_names, describe, planned, to_datatree
+from pirl.infer.datatree import Named, check_names, check_reserved, describe, planned, to_datatree
 from pirl.infer.engine import START_STREAM, one_thread, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
@@ -130,7 +130,10 @@ def fit(
         potential = Potential(model, args, kwargs, subsampling=engine == "svi")
         constant = _constant_data(bound(model, args, kwargs), dims or {})
         # What can be refused is refused before the long work.
-        check_names(planned(potential, dims or {}) | {"constant_data": constant}, coords or {})
+        plan = planned(potential, dims or {}) | {"constant_data": constant}
+        for variables in plan.values():
+            check_reserved({name: layout for name, (layout, _) in variables.items()})
+        check_names(plan, coords or {})
         check_memory(potential, -(-counts["num_samples"] // thin) * counts["num_chains"], log_likelihood)
         shared: dict[str, Any] = {"thin": thin, "ranks": ranks} if samples else {}
         if checkpoint is not None:

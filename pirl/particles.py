@@ -51,6 +51,7 @@ class TiltedProposal:
         efficiency: how many independent draws one particle is worth, at most 1: particles share ancestors, and runs
             whose Z-hat is small hardly count.
         horizon: T of the simulator, before which a shorter episode ended; None: as many as there are columns.
+        steps_taken: environment steps of all particles, those that left no draw included.
 
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
@@ -68,8 +69,9 @@ class TiltedProposal:
         standard_error: float,
         efficiency: float,
         horizon: int | None = None,
+        steps_taken: int = 0,
     ) -> None:
-        self.reward, self.base, self.horizon = reward, base, horizon
+        self.reward, self.base, self.horizon, self.steps_taken = reward, base, horizon, steps_taken
         self.log_partition, self.standard_error, self.efficiency = log_partition, standard_error, efficiency
 
     def log_density(
@@ -161,7 +163,8 @@ def tilt(
     if not fits:
         expected = "a function of vectors" if known is None else f"a table [{len(known)}, A] or [{len(known)}, 1]"
         raise InvalidRewardError(f"the reward is {form(reward)}; expected {expected}")
-    laws = _laws(simulator, policy, reward, base, generator)
+    steps = list[int]()
+    laws = _laws(simulator, policy, reward, base, generator, steps)
     runs = smc_trajectories(laws, simulator.horizon, -(-num // num_runs), num_runs, threshold, generator)
     # Equal weights: first runs are drawn by their Z-hat, then particles within each by their weights. Neighbours share
     # ancestors, and are shuffled, so that any part of the draws is as good as another.
@@ -178,11 +181,13 @@ def tilt(
     spread = (runs.log_partition - log_mean_exp(runs.log_partition)).exp()
     # The relative spread of a few Z-hats is bounded; that of their logarithms is not.
     error = max(float(spread.std()), float(runs.log_partition.std())) / math.sqrt(num_runs)
-    proposal = TiltedProposal(reward, base, float(log_mean_exp(runs.log_partition)), error, worth, simulator.horizon)
+    log_z = float(log_mean_exp(runs.log_partition))
+    proposal = TiltedProposal(reward, base, log_z, error, worth, simulator.horizon, sum(steps))
     states, actions = states[drawn], actions[drawn]
     lengths = _lengths(actions)
     density, terminal = proposal.log_density(states, actions, lengths), known_ends(simulator, states)
-    return Rollouts(states, actions, density, lengths, terminal=terminal), proposal
+    discount = getattr(simulator, "discount", 1.0)
+    return Rollouts(states, actions, density, lengths, terminal=terminal, discount=discount), proposal
 
 
 def can_tilt(simulator: object) -> bool:
@@ -214,8 +219,14 @@ def _lengths(actions: Tensor) -> Int[Tensor, " n"]:
     return (actions >= 0).sum(1)
 
 
-def _laws(simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Policy, generator: Generator) -> Particles:
-    """The simulator's laws with this policy; numbered states are -1 after a terminal state's no-op."""
+def _laws(
+    simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Policy, generator: Generator, steps: list[int]
+) -> Particles:
+    """The simulator's laws with this policy; numbered states are -1 after a terminal state's no-op.
+
+    Args:
+        steps: how many steps the simulator is asked for, each time, is noted here.
+    """
 
     def each(function: Callable[..., Tensor], fill: float, *particles: Tensor, living: Tensor) -> Tensor:
         """A function of flat particles, on those that live."""
@@ -254,6 +265,7 @@ def _laws(simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Poli
 
     def step(t: int, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         def advance(s: Tensor, a: Tensor) -> Tensor:
+            steps.append(len(s))
             return asked(f"step {t}", lambda: checked_states(simulator.step(s, a, generator), len(s), like=s))
 
         return each(advance, -1.0, states, actions, living=acts(states)), zeros(states, t)

@@ -23,7 +23,7 @@ from pirl.errors import (
 )
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
-from pirl.simulators.playing import check_policy, paying
+from pirl.simulators.playing import check_policy, paying, require_undiscounted
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""
@@ -81,6 +81,7 @@ class Pool:
 
         Raises:
             OptionError: the roll-outs are none.
+            DiscountError: they are of a simulator with a discount, of which log Z knows nothing.
             PartitionError: a roll-out has density 0, NaN or infinity under its own policy, or another density than when
                 it was played.
         """
@@ -107,6 +108,7 @@ class Pool:
 
         Raises:
             InvalidTrajectoriesError: other kinds of states or actions, or another horizon.
+            DiscountError: the roll-outs are of a simulator with a discount.
             PartitionError: a density is NaN or infinite, or another one than when the roll-out was played.
         """
         _check_rollouts(rollouts)
@@ -525,6 +527,7 @@ def checked_features(features: Features, states: Tensor, actions: Tensor) -> Flo
 def _check_rollouts(rollouts: Any) -> None:
     if not isinstance(rollouts, Rollouts):
         raise OptionError(f"rollouts is {form(rollouts)}: give what roll_out returned, then its policy")
+    require_undiscounted(rollouts)
 
 
 def _check_player(rollouts: Rollouts, policy: Policy | WholeLaw) -> None:

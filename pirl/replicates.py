@@ -49,8 +49,6 @@ class Truth(NamedTuple):
     """Values of the observed sites; empty where ``arguments`` carry them."""
     arguments: dict[str, Any]
     """Arguments of the model, by name, that replace its own."""
-    refused: int
-    """Draws from the prior for which the model had no law."""
 
 
 class Ranked(NamedTuple):
@@ -142,14 +140,14 @@ class Study:
         """
         with own_generator(), torch.no_grad():
             torch.manual_seed(derive_seed(self.seed, _TRUTHS, number))
-            for refused in range(_ATTEMPTS):
+            for _ in range(_ATTEMPTS):
                 try:
-                    return self._draw(refused)
+                    return self._draw()
                 except NO_DENSITY as error:  # a truth without a law is outside of the prior that the posterior has
                     reason = error
         raise ModelError(f"the model has no law at {_ATTEMPTS} draws from its prior: {reason}")
 
-    def _draw(self, refused: int) -> Truth:
+    def _draw(self) -> Truth:
         try:
             trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
         except NotImplementedError as error:
@@ -181,10 +179,10 @@ class Study:
             else:
                 latent[name] = node["value"]
         if self.draw_data is not None:
-            return Truth(latent, {}, self._drawn_data(latent), refused)
+            return Truth(latent, {}, self._drawn_data(latent))
         if not data:
             raise ModelError("the model observes nothing, so that there are no data to simulate: give draw_data=")
-        return Truth(latent, data, {}, refused)
+        return Truth(latent, data, {})
 
     def _drawn_data(self, latent: Values) -> dict[str, Any]:
         """What ``draw_data`` returns, looked at."""

@@ -35,9 +35,10 @@ from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
 from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
+from pirl.plots.style import ORANGE
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
-from pirl.uniformity import holm
+from pirl.uniformity import holm, p_values
 from pirl.verdicts import _coverage, is_calibrated, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
@@ -149,6 +150,32 @@ def test_arviz_draws_it_and_so_does_pirl(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert titles[0] == "mu (leaves the band)"
 
 
+@pytest.mark.parametrize("other", ["sound", "unsound"])
+def test_figures_mark_what_the_verdict_names(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """A p-value between 5% and half of it, of two: the verdict depends on the other, drawn or not (Holm 1979)."""
+    found = study(monkeypatch, exact(), num_replicates=60, num_draws=19)
+    even = np.arange(60) % 20
+    for moved in range(60):
+        ranks = np.where(np.arange(60) < moved, 0, even)
+        if p_values(ranks, 19) < 0.05:
+            break
+    assert p_values(ranks, 19) > 0.025
+    found["ranks"]["log_likelihood"].values[0] = ranks
+    found["ranks"]["mu"].values[0] = even if other == "sound" else 0
+    table = verdicts(found)
+    assert (table["finding"] == "uniform").tolist() == [other == "sound"] * 2
+    for names in (None, ["mu"], ["log_likelihood"]):
+        for ax in plot_ranks(found, names=names).axes:
+            name = ax.get_title().removesuffix(" (leaves the band)")
+            marked = table.loc[name, "finding"] != "uniform"
+            line = ax.get_lines()[1]
+            edge = ax.collections[0].get_paths()[0].vertices
+            limits = [edge[np.isclose(edge[:, 0], x), 1] for x in line.get_xdata()]
+            within = [y.min() - 1e-9 <= at <= y.max() + 1e-9 for y, at in zip(limits, line.get_ydata(), strict=True)]
+            assert ax.get_title().endswith(" (leaves the band)") == marked == (not all(within))
+            assert (line.get_color() == ORANGE) == marked
+
+
 # ------------------------------------------------------------------------------------------------- truths and data
 
 
@@ -214,18 +241,23 @@ def test_hidden_discrete_sites_are_no_data() -> None:
 
 
 def test_parameters_without_a_law_are_drawn_again() -> None:
+    refused = list[float]()
+
     def partial(data: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         if float(mu.detach()) < 0:
+            refused.append(float(mu.detach()))
             raise pirl.errors.DivergenceError("no law here")
         with pyro.plate("item", len(data)):
             pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
 
     setting = Setting.of((DATA,), {})
     with setting.entered():
-        truths = [Study(partial, setting).draw(number) for number in range(40)]
+        studies = [Study(partial, setting) for _ in range(40)]
+        refused.clear()
+        truths = [each.draw(number) for number, each in enumerate(studies)]
     assert all(float(truth.latent["mu"]) >= 0 for truth in truths)
-    assert sum(truth.refused for truth in truths) > 10
+    assert len(refused) > 10
 
 
 def test_options_out_of_range_are_named() -> None:
@@ -493,6 +525,18 @@ def recorder(data: Tensor) -> None:
     pyro.deterministic("twice", 2 * mu + torch.zeros(2), event_dim=1)
     with pyro.plate("item", len(data)):
         pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+
+@pytest.mark.parametrize("dim", ["chain", "draw", "summary"])
+def test_dims_that_a_study_has_itself_are_refused_before_sampling(monkeypatch: pytest.MonkeyPatch, dim: str) -> None:
+    def unasked(potential: Potential, **options: Any) -> Draws:
+        raise AssertionError("was sampled")
+
+    monkeypatch.setattr(module, "get_engine", lambda name: unasked)
+    pair = {"pair": lambda draws, data: draws["twice"]}
+    for name in ("twice", "pair"):
+        with pytest.raises(ModelError, match=f"{name!r} has a dim {dim!r}, as results have of their own"):
+            pirl.calibrate(recorder, DATA, quantities=pair, dims={name: [dim]}, engine="laplace", progress=False)
 
 
 def test_what_a_model_records_is_ranked_by_its_name() -> None:

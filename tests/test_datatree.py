@@ -203,6 +203,9 @@ def test_bad_names_are_refused() -> None:
         fit(schools, Y, SD, coords={"pupil": ["a", "b"]}, **few)
     with pytest.raises(errors.ModelError, match="'mu' has 0 dims, but 1 names"):
         fit(schools, Y, SD, dims={"mu": ["a"]}, **few)
+    for name, dim in (("raw", "draw"), ("sd", "chain")):
+        with pytest.raises(errors.ModelError, match=f"'{name}' has a dim '{dim}', as results have of their own"):
+            fit(schools, Y, SD, dims={name: [dim]}, **few)
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # 100 draws are few

@@ -154,10 +154,10 @@ class _Sway:
 @pytest.mark.slow
 def test_the_cart_pole_posterior_finds_the_costs_of_its_own_demonstrators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIRL_DATA", raising=False)
-    given = cartpole.load(num_demos=20, horizon=20, num_rollouts=1500)
+    given = cartpole.load(num_demos=20, horizon=30, num_rollouts=1500)
     posterior = pirl.fit(
-        cartpole.model, **given, num_chains=8, num_warmup=80, num_samples=80, max_leapfrogs=10, progress=False, num_prior=0,
-        num_posterior_predictive=0, log_likelihood=False,
+        cartpole.model, **given, num_chains=8, num_warmup=80, num_samples=80, max_leapfrogs=10, progress=False,
+        num_prior=0, num_posterior_predictive=0, log_likelihood=False,
     )  # fmt: skip
     assert posterior.posterior.attrs["partition_trusted"] == 1
     for name, true in cartpole.COSTS.items():
@@ -176,8 +176,8 @@ def test_the_pendulums_posterior_runs_with_a_pool_for_each_start(monkeypatch: py
     for demo, pool in zip(given["demos"], given["pools"], strict=True):
         assert torch.equal(pool.states[:, 0], demo.states[:, 0].expand(len(pool), -1))
     posterior = pirl.fit(
-        pendulum.model, **given, num_chains=8, num_warmup=60, num_samples=40, max_leapfrogs=10, progress=False, num_prior=0,
-        num_posterior_predictive=0, log_likelihood=False,
+        pendulum.model, **given, num_chains=8, num_warmup=60, num_samples=40, max_leapfrogs=10, progress=False,
+        num_prior=0, num_posterior_predictive=0, log_likelihood=False,
     )  # fmt: skip
     # Each pool explains one demonstration, and is asked for the samples of one.
     assert posterior.posterior.attrs["partition_demonstrations"] == 1

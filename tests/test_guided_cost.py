@@ -17,15 +17,17 @@ from models import linear_gaussian as puck
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
 from pirl.baselines.guided_cost import _climb, _likelihood
-from pirl.baselines.worlds import Sums, _check_kinds
+from pirl.baselines.worlds import Sums, _check_kinds, make_world
 from pirl.convergence import ess_bulk
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
-from pirl.learning import bayesian_guided_cost
+from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior
+from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.simulators import TabularSimulator, base_policy, roll_out
 from tests.exchange import exchange
 
 STEPS = 8
+QUICK = {"num_samples": 20, "num_starts": 1}
 
 
 def problem(slip: float, num: int = 200, num_features: int = 3) -> tuple[pirl.TabularMDP, Tensor, pirl.Trajectories]:
@@ -70,6 +72,61 @@ def test_the_lower_rungs() -> None:
     assert float((plain.parameters["weights"] - exact).norm() / exact.norm()) < 0.2
     assert float((weighed.parameters["weights"] - exact).norm() / exact.norm()) < 0.1
     assert weighed.attrs["environment_steps"] * 4 < plain.attrs["environment_steps"]
+
+
+@pytest.mark.parametrize("particles", [False, True])
+def test_environment_steps_are_those_that_the_simulator_was_asked_for(particles: bool) -> None:
+    """Also where episodes end, and where the runs of particles hold more of them than there are draws."""
+    mdp = gridworld(4, 4, slip=0.1, horizon=STEPS, initial=(1, 1), terminal=[(2, 2)])
+    simulator = TabularSimulator(mdp)
+    demos = roll_out(simulator, base_policy(mdp), 20, torch.Generator().manual_seed(0)).trajectories()
+    before = simulator.steps_taken
+    found = guided_cost(
+        demos, simulator, gridworld_features(4, 4, 3), num_rounds=3, num_rollouts=211, particles=particles, l2=1.0,
+        tolerance=0.0,
+    )  # fmt: skip
+    assert found.attrs["environment_steps"] == simulator.steps_taken - before == found.history["environment_steps"][-1]
+
+
+@pytest.mark.parametrize("method", ["guided cost", "particles", "gan", "gradient", "pool", "pool of particles"])
+def test_every_roll_out_is_a_draw_of_its_own(method: str) -> None:
+    """Thirty first states out of sixteen agree by chance in one case of 16^30."""
+    mdp, features, _ = problem(0.1, num=1)
+    spread = pirl.TabularMDP(mdp.transition, torch.full((16,), 1 / 16).double(), horizon=4)
+    starts: list[Tensor] = []
+
+    class Noted(TabularSimulator):
+        def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+            starts.append(super().reset(num, generator))
+            return starts[-1]
+
+    demos = roll_out(TabularSimulator(spread), base_policy(spread), 5, torch.Generator().manual_seed(1)).trajectories()
+    rounds: dict[str, Any] = {"num_rounds": 2, "num_rollouts": 30}
+    if method.startswith("pool"):
+        rounds |= {"num_policies": 2, "progress": False, "particles": method == "pool of particles"}
+        guided_pool(model, demos, Noted(spread), features, guide_options=QUICK, **rounds)
+    elif method == "gradient":
+        sample_gradient(demos, Noted(spread), features, **rounds)
+    else:
+        how = adversarial if method == "gan" else guided_cost
+        how(demos, Noted(spread), features, l2=1.0, tolerance=0.0, particles=method == "particles", **rounds)
+    assert len(starts) >= 1 + 2 * 2 and min(map(len, starts)) >= 30
+    for i, one in enumerate(starts):
+        for other in starts[:i]:
+            size = min(len(one), len(other))
+            assert not torch.equal(one[:size], other[:size])
+
+
+def test_a_counting_measure_stays_one_in_the_pool() -> None:
+    """Every decision multiplies Z by the number of actions, which a policy's own density would cancel."""
+    mdp, features, demos = problem(0.1, num=5)
+    counting = pirl.TabularMDP(mdp.transition, mdp.initial, horizon=STEPS, action_prior="counting")
+    world = make_world(demos, TabularSimulator(counting), features, 0, 0.1, "trajectory", None, None)
+    assert world.begin(50) == slice(0, 50)
+    expected = torch.full((50,), STEPS * math.log(5), dtype=torch.float64)
+    torch.testing.assert_close(world.pool.log_ratio, expected, rtol=1e-12, atol=0)
+    exact = pirl.log_partition(counting, torch.zeros(16, 5).double())
+    torch.testing.assert_close(exact, expected[0], rtol=1e-12, atol=0)
 
 
 def test_a_constant_feature_moves_nothing() -> None:
@@ -152,6 +209,62 @@ def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor
     with pyro.plate("episode", len(demos)):
         law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, weights), lengths=demos.lengths)
         pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+
+def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
+    """By N times the square of how far log ESS is below that of 5% of the pool, and nothing above it."""
+    mdp, features, demos = problem(0.1, num=7)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 400, generator), base, base)
+    near = guided_posterior._near_samples(model)
+    lacks = []
+    for size in (0.0, 1.0, 20.0):
+        weights = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+        weight = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights)).log_weights
+        share = (weight - weight.max()).exp()
+        lacks.append(max(0.0, math.log(0.05 * 400) - math.log(float(share.sum() ** 2 / share.square().sum()))))
+        at = {"weights": weights}
+        plain, bounded = (
+            float(pyro.poutine.trace(pyro.poutine.condition(x, at)).get_trace(demos, pool, features).log_prob_sum())
+            for x in (model, near)
+        )
+        # Sums of a few hundred terms in float64.
+        assert bounded - plain == pytest.approx(-7 * lacks[-1] ** 2, rel=1e-12, abs=1e-12 * abs(plain))
+    assert lacks[0] == 0 and lacks[-1] > 1
+
+
+@pytest.mark.parametrize(("share", "rounds"), [(1.0, 3), (2.0, 2)])
+def test_the_pool_grows_beyond_what_the_approximation_needs(
+    monkeypatch: pytest.MonkeyPatch, share: float, rounds: int
+) -> None:
+    """The engine may reach further: just enough samples are not enough, twice as many are, but never in one round."""
+    mdp, features, demos = problem(0.1, num=5)
+    fitted, kept = guided_posterior._guide, list[Any]()
+
+    def sure(*args: Any) -> Any:
+        kept[:] = kept or [fitted(*args)]
+        kept[0].attrs |= {"partition_trusted": 1, "partition_ess": share * 5 * ESS_PER_DEMONSTRATION}
+        return kept[0]
+
+    monkeypatch.setattr(guided_posterior, "_guide", sure)
+    sizes: dict[str, Any] = {"num_rounds": 3, "num_policies": 1, "num_rollouts": 50, "guide_options": QUICK}
+    found = guided_pool(model, demos, TabularSimulator(mdp), features, progress=False, **sizes)
+    assert len(found.history) == rounds
+
+
+def test_demonstrations_that_cannot_be_are_refused_before_the_first_round() -> None:
+    mdp, features, demos = problem(0.0, num=5)
+    masked = torch.ones(16, 5, dtype=torch.bool)
+    masked[:, int(demos.actions[2, 0])] = False
+    narrow = pirl.TabularMDP(mdp.transition, mdp.initial, horizon=STEPS, available=masked)
+
+    def untrained(reward: Tensor, generator: torch.Generator | None) -> Any:
+        raise AssertionError("was trained")
+
+    with pytest.raises(PartitionError, match="has probability 0 under the base measure"):
+        guided_pool(
+            model, demos, TabularSimulator(narrow), features, policy_step=untrained, num_rollouts=10, progress=False
+        )
 
 
 CHAINS = {"num_chains": 64, "num_warmup": 150, "num_samples": 60, "progress": False}

@@ -20,12 +20,21 @@ from pirl.continuous import ContinuousTrajectories
 from pirl.datasets import simulate
 from pirl.diagnose import verdict
 from pirl.envs import gridworld, gridworld_features
-from pirl.errors import DataError, HorizonError, InvalidRewardError, InvalidTrajectoriesError, PartitionError
+from pirl.errors import (
+    DataError,
+    DiscountError,
+    HorizonError,
+    InvalidRewardError,
+    InvalidTrajectoriesError,
+    PartitionError,
+)
 from pirl.learning import guided_pool
+from pirl.particles import tilt
 from pirl.pool import Pool
 from pirl.posterior import sampled_rewards
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
+from pirl.soft_q_learning import SoftQLearner
 
 HORIZON, STEPS = 6, 6
 
@@ -484,6 +493,33 @@ def test_what_the_pool_says_nothing_of_is_refused() -> None:
     for make in (lambda: Pool.of(played, base, base), lambda: whole.add(played, base)):
         with pytest.raises(PartitionError, match="roll-out 0 was played with log density"):
             make()
+
+
+def test_a_discount_is_refused_where_the_pool_is_made() -> None:
+    """log Z is of sums, whoever rolled out: a simulator that steps, one that plays whole episodes, or particles."""
+    mdp, features, weights = problem()
+    reward = pirl.linear_reward(features, weights).expand(-1, 5)
+    half = TabularSimulator(pirl.TabularMDP(mdp.transition, mdp.initial, discount=0.5, horizon=HORIZON))
+    plain, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(0)
+
+    class Whole:
+        horizon, discount = HORIZON, 0.5
+
+        def roll_out(self, policy: Any, num: int, generator: Any = None) -> Rollouts:
+            return roll_out(plain, policy, num, generator)
+
+    valued = SoftQLearner(plain, reading="trajectory").update(reward, 20, generator)
+    pool = Pool.of(roll_out(plain, base, 20, generator), base, base)
+    for rollouts, law in (
+        (roll_out(half, base, 20, generator), base),
+        (roll_out(Whole(), base, 20, generator), base),
+        tilt(half, valued, reward, 20, generator, base=base),
+    ):
+        assert rollouts.discount == 0.5
+        for make in (lambda: Pool.of(rollouts, law, base), lambda: pool.add(rollouts, law)):  # noqa: B023
+            with pytest.raises(DiscountError, match=r"no discount, and the simulator's is 0\.5"):
+                make()
 
 
 @pytest.mark.parametrize("count", [3, 5])

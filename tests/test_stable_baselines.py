@@ -167,6 +167,20 @@ def test_a_seed_says_everything_and_the_programs_generators_are_left_alone(kind:
 # ---------------------------------------------------------------------------------------------------- the optimum
 
 
+@pytest.mark.parametrize("actions", [DISCRETE, BOX])
+def test_ppo_is_paid_reward_and_entropy_on_one_scale(actions: Any) -> None:
+    """(1 - g) (r - alpha log pi) of each decision, pi the policy that played."""
+    made = learner(actions, horizon=100, discount=0.9, temperature=0.7)
+    made.improve(tilted, 128)
+    ((policy, step),) = made.played()
+    reward, density = tilted(step.states, step.actions), policy.log_prob(step.states, step.actions)
+    expected = 0.1 * (reward - 0.7 * density)
+    # The network is in single precision: some roundings of its numbers, and of what is kept.
+    error = 32 * torch.finfo(torch.float32).eps * (1 + float(reward.abs().max() + density.abs().max()))
+    found = torch.as_tensor(made._model.rollout_buffer.rewards).double().flatten()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * error)
+
+
 def test_ppo_finds_the_maxent_policy_of_one_decision() -> None:
     # pi is proportional to exp r, at temperature 2 to exp(r/2), whatever the environment pays (NaN).
     values = torch.tensor([0.0, 1.0, -0.5], dtype=torch.float64)

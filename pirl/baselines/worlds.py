@@ -71,15 +71,17 @@ class World:
 
     def extend(self, policy: Policy, num_rollouts: int) -> slice:
         """Add roll-outs of a policy to the pool; where they are."""
-        return self._add(roll_out(self.simulator, policy, num_rollouts, self.generator), policy)
+        rollouts = roll_out(self.simulator, policy, num_rollouts, self.generator)
+        return self._add(rollouts, policy, int(rollouts.lengths.sum()))
 
     def tilt(self, policy: ValuedPolicy, weights: Tensor, num_rollouts: int) -> slice:
         """Add particles that follow a reward; where they are."""
         reward = self.reward(weights)
-        return self._add(*tilt(self.simulator, policy, reward, num_rollouts, self.generator, base=self.base))
+        drawn, law = tilt(self.simulator, policy, reward, num_rollouts, self.generator, base=self.base)
+        return self._add(drawn, law, law.steps_taken)
 
-    def _add(self, rollouts: Any, law: Any) -> slice:
-        self.steps += int(rollouts.lengths.sum())
+    def _add(self, rollouts: Any, law: Any, steps: int) -> slice:
+        self.steps += steps
         size = len(self.pool)
         self.pool = self.pool.add(rollouts, law)
         return slice(size, len(self.pool))

@@ -7,7 +7,7 @@ distribution's ``event_dim_names``. What has no name is called after the site, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -236,6 +236,19 @@ def planned(potential: Potential, dims: Mapping[str, Sequence[str]]) -> dict[str
             group = "observed_data" if site.kind == "observed" else "posterior"
             groups[group][name] = (_dims(site, len(site.shape), dims.get(name)), np.broadcast_to(0, site.shape))
     return groups
+
+
+def check_reserved(
+    variables: Mapping[str, Sequence[str | None]], reserved: Collection[str] = ("chain", "draw")
+) -> None:
+    """Check that no dim, by variable, has the name of one that results have of their own.
+
+    Raises:
+        ModelError: names it.
+    """
+    for name, dims in variables.items():
+        if taken := [dim for dim in dims if dim in reserved]:
+            raise ModelError(f"{name!r} has a dim {taken[0]!r}, as results have of their own: rename it (or the plate)")
 
 
 def check_names(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]]) -> None:

@@ -12,7 +12,7 @@ from pirl.convergence import element_names
 from pirl.errors import OptionError
 from pirl.plots.style import BLUE, ORANGE, new_figure
 from pirl.replicates import LOG_LIKELIHOOD, check_study
-from pirl.uniformity import band, p_values, shares_below
+from pirl.uniformity import band, holm, p_values, shares_below
 
 if TYPE_CHECKING:
     import xarray
@@ -26,8 +26,9 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
     """Draw how far the ranks of each test quantity are from uniform, and how far they may be.
 
     A panel a quantity: by how much the share of replicates whose truth lies below a share of the posterior exceeds that
-    share, with the band that holds all lines of a sound study with probability ``level`` (each panel's band is wide
-    enough for the number of panels). A line above 0 on the left and below 0 on the right is a posterior too narrow;
+    share, with the band that holds all lines of a sound study with probability ``level``, those not drawn included.
+    Where some leave it, it is as wide as the others need (Holm 1979), so that those leave it that
+    :func:`pirl.verdicts` names. A line above 0 on the left and below 0 on the right is a posterior too narrow;
     the reverse, too wide; above 0 throughout, too high; below, too low. Lines that leave their band are orange.
 
     Args:
@@ -46,14 +47,15 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
     """
     if not 0 < level < 1:
         raise OptionError(f"level is {level}, but must be between 0 and 1")
-    ranks = _few(_elements(study, "ranks"), names)
-    num_draws = int(study.attrs["num_draws"])
+    every, num_draws = _elements(study, "ranks"), int(study.attrs["num_draws"])
+    ranks, p = _few(every, names), _p_values(study, every)
+    leaves = dict(zip(p, holm(np.array(list(p.values()))) < 1 - level, strict=True))
     some = next(iter(ranks.values()))
-    inside = band(len(some), num_draws, 1 - (1 - level) / len(ranks))
+    inside = band(len(some), num_draws, 1 - (1 - level) / max(len(leaves) - sum(leaves.values()), 1))
     figure, panels = _panels(list(ranks))
     for ax, (name, rank) in zip(panels, ranks.items(), strict=True):
         share = shares_below(rank.astype(int), num_draws)
-        out = bool(((share < inside.lower - 1e-9) | (share > inside.upper + 1e-9)).any())
+        out = bool(leaves[name])
         lower, upper = inside.lower - inside.grid, inside.upper - inside.grid
         ax.fill_between(inside.grid, lower, upper, color="0.85", linewidth=0, label=f"{level:.0%} band")
         ax.axhline(0, color="0.5", linewidth=0.8)
@@ -108,9 +110,14 @@ def least_uniform(study: xarray.DataTree) -> list[str]:
     every = _elements(study, "ranks")
     if len(every) <= MOST_PANELS:
         return list(every)
-    p = {name: p_values(rank.astype(int), int(study.attrs["num_draws"])) for name, rank in every.items()}
-    kept = set(sorted(p, key=lambda name: float(p[name]))[:MOST_PANELS])
+    p = _p_values(study, every)
+    kept = set(sorted(p, key=lambda name: p[name])[:MOST_PANELS])
     return [name for name in every if name in kept]
+
+
+def _p_values(study: xarray.DataTree, ranks: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of the hypothesis that ranks are uniform, by element."""
+    return {name: float(p_values(rank.astype(int), int(study.attrs["num_draws"]))) for name, rank in ranks.items()}
 
 
 def _elements(study: xarray.DataTree, group: str, summary: str | None = None) -> dict[str, Float[np.ndarray, " R"]]:

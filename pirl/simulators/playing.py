@@ -136,6 +136,8 @@ class Rollouts(NamedTuple):
     """T of the simulator, where these are fewer columns (all ended before); None: as many as there are columns."""
     terminal: Bool[Tensor, " S"] | None = None
     """Which numbered states end an episode, where the simulator tells it."""
+    discount: float = 1.0
+    """Of the simulator, where it tells it; :meth:`returns` are plain sums all the same."""
 
     def pairs(self) -> tuple[Tensor, Tensor, Bool[Tensor, "num T"]]:
         """States and actions ``[num, T, *event]`` that a reward can be asked for, and which of them count.
@@ -229,7 +231,8 @@ def roll_out(
     check_policy(policy)
     check_counts(1, num=num)
     if isinstance(simulator, EpisodeSimulator):
-        return simulator.roll_out(policy, num, generator)
+        played = simulator.roll_out(policy, num, generator)
+        return played._replace(discount=getattr(simulator, "discount", played.discount))
 
     def is_terminal(states: Tensor) -> Tensor:
         known = getattr(simulator, "is_terminal", None)
@@ -244,7 +247,9 @@ def roll_out(
         return following, is_terminal(following)
 
     played = play(first, advance, policy, simulator.horizon, generator)
-    return played._replace(terminal=known_ends(simulator, played.states))
+    return played._replace(
+        terminal=known_ends(simulator, played.states), discount=getattr(simulator, "discount", played.discount)
+    )
 
 
 def check_simulator(simulator: Any) -> None:
@@ -286,7 +291,7 @@ def check_demonstrations(demos: Any) -> None:
 
 
 def require_undiscounted(simulator: object) -> None:
-    """Refuse a simulator with a discount where returns are sums: the trajectory reading has none.
+    """Refuse a simulator with a discount, or its roll-outs, where returns are sums: the trajectory reading has none.
 
     Raises:
         DiscountError: its discount is not 1.
