@@ -365,7 +365,7 @@ def test_bad_dynamics_are_named(changed: dict[str, Any], error: type[Exception],
 
 def test_bad_rewards_and_trajectories_are_named() -> None:
     problem, reward = system(), rewards()
-    with pytest.raises(InvalidRewardError, match=r"action_cost has shape \(2, 2\)"):
+    with pytest.raises(InvalidRewardError, match=r"action_cost is a Tensor torch.float64 \(2, 2\)"):
         problem.quadratic(action_cost=reward.state_cost)
     with pytest.raises(InvalidRewardError, match="state_cost is torch.float32"):
         problem.quadratic(reward.state_cost.float())
