@@ -303,7 +303,7 @@ def test_the_exchange_algorithm_agrees() -> None:
         return torch.where((weights <= 0).all(), -0.5 * weights.square().sum(), -torch.inf)
 
     demo_sums = features[demos.states[:, :-1]].sum(1)
-    draws = exchange(demo_sums, sums, log_prior, truth, 0.6, 4000, generator)[200:].numpy()
+    draws = exchange(demo_sums, sums, log_prior, truth, 0.6, 2500, generator)[200:].numpy()
 
     def costs(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor) -> None:
         cost = pyro.sample("cost", dist.HalfNormal(1.0).expand([2]).to_event(1))
