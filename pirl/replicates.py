@@ -337,7 +337,8 @@ def _ranked(name: str, values: Tensor) -> Ranked:
     order = torch.rand(draws.shape, dtype=draws.dtype) < torch.rand(truth.shape, dtype=draws.dtype)
     rank = ((draws < truth) | ((draws == truth) & order)).sum(0)
     quantiles = torch.quantile(draws, torch.tensor(QUANTILES, dtype=draws.dtype), dim=0)
-    return Ranked(*(x.numpy() for x in (rank, truth, draws.mean(0), draws.std(0), quantiles)))
+    sd = draws.std(0) if len(draws) > 1 else torch.full_like(truth, torch.nan)  # of one draw nobody knows it
+    return Ranked(*(x.numpy() for x in (rank, truth, draws.mean(0), sd, quantiles)))
 
 
 def _return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Tensor]]:

@@ -120,7 +120,8 @@ def print_verdicts(study: xarray.DataTree) -> None:
         table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
     table.add_column("ranks", no_wrap=True)
     for label, row in found.iterrows():
-        numbers = [f"{value:.3f}" for value in row.iloc[:2]] + [f"{value:.2f}" for value in row.iloc[2:-1]]
+        digits = [3, 3] + [2] * (len(columns) - 2)
+        numbers = ["-" if np.isnan(x) else f"{x:.{n}f}" for x, n in zip(row.iloc[:-1], digits, strict=True)]
         table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
     Console(highlight=False).print(table)
     print()

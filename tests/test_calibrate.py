@@ -40,7 +40,7 @@ from pirl.plots.style import ORANGE
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
 from pirl.uniformity import holm, p_values
-from pirl.verdicts import _coverage, is_calibrated, verdicts, words
+from pirl.verdicts import _coverage, is_calibrated, print_verdicts, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
 SCALE = 0.5
@@ -149,6 +149,16 @@ def test_arviz_draws_it_and_so_does_pirl(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert len(figure.axes) == panels
     titles = [ax.get_title() for ax in plot_ranks(found).axes]
     assert titles[0] == "mu (leaves the band)"
+
+
+def test_what_few_replicates_and_one_draw_do_not_tell_is_a_dash(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = study(monkeypatch, exact(), num_replicates=3, num_draws=1)
+    assert np.isnan(found["recovery"]["mu"].sel(summary="sd").values).all()
+    print_verdicts(found)
+    told = capsys.readouterr().out
+    assert "nan" not in told and " - uniform" in told
 
 
 @pytest.mark.parametrize("other", ["sound", "unsound"])
