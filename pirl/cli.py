@@ -24,6 +24,7 @@ from pirl.diagnose import print_diagnosis
 from pirl.errors import (
     CheckpointWarning,
     ConvergenceWarning,
+    EmptyTrajectoriesWarning,
     InterruptedWarning,
     OptionError,
     OutputError,
@@ -316,7 +317,7 @@ def _short_warnings() -> Iterator[None]:
             print(f"warning: {line}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        for kind in (CheckpointWarning, ConvergenceWarning, InterruptedWarning):
+        for kind in (CheckpointWarning, ConvergenceWarning, EmptyTrajectoriesWarning, InterruptedWarning):
             warnings.simplefilter("always", kind)
         warnings.showwarning = show  # put back by catch_warnings
         yield

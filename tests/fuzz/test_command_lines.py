@@ -146,6 +146,12 @@ COMPARE = {name: value for name, value in FLAGS.items() if name != "--device"} |
     "--out": word("t.csv", "t.tex", "t.txt", "nowhere/t.csv", "folder"),
     "--hold-out": word("0.25", "0.5", "0", "1", "0.99", "-0.5", "inf"),
 }
+CALIBRATE = FLAGS | {
+    "--replicates": word("2", "3", "1"),
+    "--draws": word(*NUMBERS),
+    "--recovery": word(*PICTURES),
+    "--checkpoint": word("study.ckpt", "out.nc", "words.nc", "folder", "nowhere/study.ckpt"),
+}
 MODELS = st.sampled_from(["model.py"] * 8 + ["no_model.py", "absent.py", "words.nc", "folder", ""])
 POSTERIORS = st.sampled_from(
     ["posterior.nc"] * 4 + ["words.nc", "empty.nc", "absent.nc", "folder", "model.py", "", "\x00"]
@@ -178,6 +184,24 @@ def test_fits(shelf: Path, model: str, more: list[str]) -> None:
         run(["fit", model, *small, *more], before, values(more, "--out", "--plot"))
 
 
+@given(model=MODELS, more=flags(CALIBRATE))
+@cases(6, 120)
+def test_studies(shelf: Path, model: str, more: list[str]) -> None:
+    few = {
+        "--engine": "laplace",
+        "--chains": "1",
+        "--samples": "3",
+        "--warmup": "2",
+        "--replicates": "2",
+        "--draws": "2",
+    }
+    small = [
+        w for name, value in few.items() if not any(x.partition("=")[0] == name for x in more) for w in (name, value)
+    ]
+    with inside(shelf) as before:
+        run(["calibrate", model, *small, *more], before, values(more, "--out", "--plot", "--recovery", "--checkpoint"))
+
+
 @pytest.mark.skipif(not FULL, reason="in the full form only: a comparison fits six answers")
 @given(model=MODELS, more=flags(COMPARE, most=3))
 @cases(1, 20)
@@ -198,13 +222,17 @@ def test_files_looked_at(shelf: Path, command: str, path: str, out: str | None) 
 
 
 @given(
-    st.lists(word("fit", "summary", "plot", "diagnose", "compare", "model.py", "posterior.nc", "--help"), max_size=4)
+    st.lists(
+        word("fit", "summary", "plot", "diagnose", "compare", "calibrate", "model.py", "posterior.nc", "--help"),
+        max_size=4,
+    )
 )
 @cases(6, 160)
 def test_any_words(shelf: Path, words: list[str]) -> None:
     with inside(shelf) as before:
-        if words and words[0] in ("fit", "compare"):
+        if words and words[0] in ("fit", "compare", "calibrate"):
             words = [*words, "--engine", "laplace", "--chains", "1", "--samples", "3"]
+            words += ["--replicates", "2", "--draws", "2"] * (words[0] == "calibrate")
         run(words, before, ["posterior.png", "model.png"])
 
 
