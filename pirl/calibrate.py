@@ -26,6 +26,7 @@ from pirl.errors import (
     CheckpointWarning,
     ConvergenceWarning,
     InterruptedWarning,
+    MemoryLimitError,
     ModelError,
     OptionError,
     PirlError,
@@ -36,6 +37,7 @@ from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, planned, to_datatree
 from pirl.infer.engine import one_thread, progress_bar
+from pirl.infer.memory import check_memory, free_memory
 from pirl.infer.ranks import Ranks, join
 from pirl.infer.replicated import STARTS, run_all
 from pirl.replicates import QUANTILES, Comparison, DrawData, Quantity, Study
@@ -135,6 +137,7 @@ def calibrate(
         OptionError: an unknown engine or option, or fewer draws than ``num_draws``.
         ModelError: the model cannot be simulated from, or an engine cannot sample it.
         CheckpointError: the checkpoint is damaged, belongs to another study, or cannot be written.
+        MemoryLimitError: so many draws or replicates do not fit into the memory.
 
     Example:
         >>> plan = demos[:5]  # how many, and for how long: what they did does not count
@@ -186,6 +189,10 @@ def calibrate(
         names = {name: layout for name, (layout, _) in plan["posterior"].items()}
         names |= {name: tuple(dims[name]) for name in study.quantities if dims and name in dims}
         check_reserved(names, ("chain", "draw", "summary"))
+        check_memory(potential, counts["num_chains"] * counts["num_samples"], log_likelihood=False)
+        free = free_memory()
+        if free is not None and 8 * _COLUMNS * potential.size * num_replicates > free:
+            raise MemoryLimitError(f"{num_replicates} replicates do not fit into the memory that is free: take fewer")
 
         told = list[int]()
 

@@ -26,6 +26,7 @@ from pirl.errors import (
     ConvergenceWarning,
     DiscreteLatentError,
     InterruptedWarning,
+    MemoryLimitError,
     ModelError,
     NonFiniteError,
     OptionError,
@@ -281,6 +282,15 @@ def test_options_out_of_range_are_named() -> None:
     ]:
         with pytest.raises(OptionError, match=named):
             pirl.calibrate(normal, DATA, engine="laplace", progress=False, **wrong)
+
+
+@pytest.mark.parametrize("much", ["num_samples", "num_replicates"])
+def test_more_than_memory_holds_is_refused_before_sampling(monkeypatch: pytest.MonkeyPatch, much: str) -> None:
+    def unasked(potential: Potential, **options: Any) -> Draws:
+        raise AssertionError("was sampled")
+
+    with pytest.raises(MemoryLimitError, match=f"{10**29}"):
+        study(monkeypatch, unasked, num_chains=1, **{much: 10**29})
 
 
 def failing(every: int) -> Callable[..., Draws]:
