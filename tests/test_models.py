@@ -127,12 +127,12 @@ def test_engines_agree_with_quadrature(engine: str) -> None:
     import arviz_stats
 
     arguments = bus_engine.load(group="4")
-    samples = {"nuts": 250, "chees": 50}[engine]
+    sizes = {"nuts": {"num_chains": 2, "num_samples": 200}, "chees": {"num_samples": 50}}[engine]
     posterior = pirl.fit(
         bus_engine.model,
         model_kwargs=arguments,
         engine=engine,
-        **{**bus_engine.defaults[engine], "num_samples": samples},
+        **{**bus_engine.defaults[engine], **sizes},
         num_prior=0,
         num_posterior_predictive=0,
         progress=False,
