@@ -191,6 +191,9 @@ def sampled_rewards(
         least_known: so many of them are those of which the pool has the fewest effective samples, among eight times as
             many draws.
 
+    Raises:
+        OptionError: ``least_known`` is more than ``num_draws``, or negative.
+
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
         >>> quick = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
@@ -199,6 +202,9 @@ def sampled_rewards(
         >>> [reward.shape for reward in rewards]
         [torch.Size([16, 1]), torch.Size([16, 1])]
     """
+    check_counts(0, num_draws=num_draws, least_known=least_known)
+    if least_known > num_draws:
+        raise OptionError(f"least_known is {least_known}, more than num_draws={num_draws}: it is a part of them")
     dataset = posterior["posterior"].to_dataset()
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

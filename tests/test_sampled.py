@@ -26,6 +26,7 @@ from pirl.errors import (
     HorizonError,
     InvalidRewardError,
     InvalidTrajectoriesError,
+    OptionError,
     PartitionError,
 )
 from pirl.learning import guided_pool
@@ -191,6 +192,8 @@ def test_rewards_that_the_pool_knows_least_are_found() -> None:
     assert found[0].equal(plain[0])
     assert [effective(x) for x in found[1:]] == sorted(effective(x) for x in plain[1:])[:2]
     assert effective(found[1]) < 0.8 * np.median([effective(x) for x in plain])
+    with pytest.raises(OptionError, match="least_known is 3, more than num_draws=2"):
+        sampled_rewards(*given, num_draws=2, least_known=3)
 
 
 def vectors(num: int = 40, steps: int = 5) -> tuple[Rollouts, object]:
