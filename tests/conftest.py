@@ -10,22 +10,24 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
-import jaxtyping
 import pyro
 import pytest
 import torch
 
+from tests import checked_types
+
 torch.set_num_threads(1)
 
-# Before pirl is imported: every call into it now checks the shapes that its signatures name.
-jaxtyping.install_import_hook("pirl", "beartype.beartype")
+# Before pirl is imported: calls into it now check the shapes that its signatures name.
+checked_types.install("pirl")
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def fresh_start() -> Iterator[None]:
-    """Seed every generator, and leave no Pyro parameters behind."""
+    """Seed every generator, check types again, and leave no Pyro parameters behind."""
+    checked_types.calls.clear()
     pyro.set_rng_seed(0)
     with pyro.get_param_store().scope():
         yield
