@@ -20,7 +20,7 @@ from torch import Tensor
 from pirl.errors import InvalidRewardError, InvalidTrajectoriesError, OptionError, form
 from pirl.message_passing import is_checked
 from pirl.partition import PartitionEstimate, log_mean_exp
-from pirl.pool import Features, Pool, checked_features
+from pirl.pool import Features, Pool, check_lengths, check_table, checked_features
 from pirl.transitions import is_transformed
 
 
@@ -132,7 +132,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
             sample = int(wrong.nonzero()[0, -1])
             raise InvalidRewardError(f"the reward of sample {sample} of the pool is not finite: rewards must be finite")
         if lengths is not None and not is_transformed(lengths):
-            pool.check_lengths(lengths)
+            check_lengths(pool, lengths)
         batch = torch.broadcast_shapes(self.returns.shape[:-1], () if lengths is None else lengths.shape)
         super().__init__(batch, pool.table.shape[-2:], validate_args=False)
 
@@ -173,7 +173,7 @@ class SampledMaxEntTrajectory(TorchDistribution):
         if not isinstance(value, Tensor):
             raise InvalidTrajectoriesError(f"the trajectories are {form(value)}: give a tensor, demos.as_tensor()")
         if not is_transformed(value):
-            self.pool.check_table(value, self.lengths)
+            check_table(self.pool, value, self.lengths)
         result = self._returns(value, self.lengths) - self.log_partition
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 

@@ -31,7 +31,7 @@ from pirl.errors import (
 )
 from pirl.learning import guided_pool
 from pirl.particles import tilt
-from pirl.pool import Pool
+from pirl.pool import Pool, check_support
 from pirl.posterior import sampled_rewards
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.simulators import Rollouts, TabularPolicy, TabularSimulator, base_policy, roll_out
@@ -319,7 +319,7 @@ def test_bad_input_is_named() -> None:
     narrow = Pool.of(roll_out(TabularSimulator(mdp), only_up, 5), only_up, base_policy(mdp))
     demos = simulate(mdp, reward, 3, STEPS)
     with pytest.raises(PartitionError, match="demonstration 0 has probability 0 under every policy"):
-        narrow.check_support(demos.states, demos.actions, demos.lengths)
+        check_support(narrow, demos.states, demos.actions, demos.lengths)
     with pytest.raises(PartitionError, match="was played with log density"):
         Pool.of(roll_out(TabularSimulator(mdp), base_policy(mdp), 5), only_up)
     rollouts, policy = vectors()

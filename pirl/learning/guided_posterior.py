@@ -25,7 +25,7 @@ from pirl.infer.engine import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
-from pirl.pool import Pool
+from pirl.pool import Pool, check_same_world
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -218,7 +218,7 @@ def guided_pool(
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
-        pool.check_demonstrations(group)
+        check_same_world(pool, group)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: list[dict[str, float]] = []
     near = _near_samples(model)

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.errors import (
-    HorizonError,
     InvalidRewardError,
     InvalidTrajectoriesError,
     OptionError,
@@ -166,16 +165,17 @@ class Pool:
 
     @property
     def num_states(self) -> int | None:
-        """S, where a table of the base measure or of a policy tells it."""
-        return None if self._sizes is None else self._sizes[0]
+        """S, where it is known."""
+        return None if self.sizes is None else self.sizes[0]
 
     @property
     def num_actions(self) -> int | None:
-        """A, where a table of the base measure or of a policy tells it."""
-        return None if self._sizes is None else self._sizes[1]
+        """A, where it is known."""
+        return None if self.sizes is None else self.sizes[1]
 
     @property
-    def _sizes(self) -> tuple[int, int] | None:
+    def sizes(self) -> tuple[int, int] | None:
+        """S and A, where a table of the base measure or of a policy tells them."""
         for law in (self.base, *self.policies):
             for name in ("log_prior", "log_policy"):
                 table = getattr(law, name, None)
@@ -222,7 +222,7 @@ class Pool:
             errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
             return reconcile(self.log_densities, self.origin, errors, worth)
 
-        return self._remember(("constants",), None, compute)
+        return self.remember(("constants",), None, compute)
 
     @property
     def efficiency(self) -> float:
@@ -244,7 +244,7 @@ class Pool:
     @property
     def table(self) -> Tensor:
         """The samples as a Pyro model observes trajectories: ``[J, T + 1, 2]``, or ``[J, T + 1, ds + da]``."""
-        return self._remember(("table",), None, lambda: encode(self.states, self.actions))
+        return self.remember(("table",), None, lambda: encode(self.states, self.actions))
 
     def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """How many samples each policy gave."""
@@ -262,191 +262,11 @@ class Pool:
 
     def ratio_of(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " N"]:
         """log p - log q of other trajectories, such as demonstrations, under the mixture of all policies."""
-        states, actions = self._widened(states, actions)
+        states, actions = widened(self, states, actions)
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
         under = under - self.constants.unsqueeze(1)
         return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
-
-    def check_demonstrations(self, demos: Any) -> None:
-        """Refuse demonstrations of another problem than the pool's: before anything is learned from them.
-
-        Args:
-            demos: :class:`pirl.Trajectories` or :class:`pirl.ContinuousTrajectories`.
-
-        Raises:
-            InvalidTrajectoriesError: other kinds or sizes of states and actions, another dtype, or nothing observed.
-            HorizonError, PartitionError: see :meth:`check_table`.
-        """
-        kinds = {True: "numbers", False: "vectors"}
-        theirs, own = demos.states, self.states
-        if theirs.is_floating_point() == self.tabular:
-            raise InvalidTrajectoriesError(
-                f"states of the demonstrations are {kinds[not self.tabular]}, and the simulator's are "
-                f"{kinds[self.tabular]}: give demonstrations of the simulator's world, Trajectories of numbers or "
-                "ContinuousTrajectories of vectors"
-            )
-        if not self.tabular and (theirs.shape[-1], demos.actions.shape[-1]) != (own.shape[-1], self._action_size):
-            raise InvalidTrajectoriesError(
-                f"the demonstrations have states of size {theirs.shape[-1]} and actions of size "
-                f"{demos.actions.shape[-1]}, and the simulator {own.shape[-1]} and {self._action_size}: give those of "
-                "one world"
-            )
-        self.check_lengths(demos.lengths)
-        self.check_table(demos.as_tensor(), demos.lengths)
-
-    @property
-    def _action_size(self) -> int:
-        """da, 1 where actions are numbers beside vectors."""
-        return 1 if self.actions.dim() == 2 else self.actions.shape[-1]
-
-    def check_support(self, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
-        """Refuse demonstrations that no policy of the pool could have made, or that the base measure rules out.
-
-        Raises:
-            PartitionError: names the first such demonstration.
-        """
-        states, actions = self._widened(states, actions)
-        if self.base is not None:
-            ruled_out = log_density(self.base, states, actions, lengths) == -torch.inf
-            if bool(ruled_out.any()):
-                raise PartitionError(
-                    f"demonstration {int(ruled_out.nonzero()[0])} has probability 0 under the base measure: it takes "
-                    "an action that is not available there"
-                )
-        under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
-        missed = (under == -torch.inf).all(0)
-        if bool(missed.any()):
-            raise PartitionError(
-                f"demonstration {int(missed.nonzero()[0])} has probability 0 under every policy of the pool: "
-                "add roll-outs of a policy with full support, such as the base policy"
-            )
-
-    def _widened(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbered trajectories that all ended early, as wide as the pool: any law sees that they ended before T."""
-        if not self.tabular:
-            return states, actions
-
-        def widen(x: Tensor, size: int) -> Tensor:
-            return torch.cat([x, x.new_full((len(x), max(size - x.shape[1], 0), *x.shape[2:]), -1)], 1)
-
-        return widen(states, self.states.shape[1]), widen(actions, self.horizon)
-
-    def check_lengths(self, lengths: Tensor) -> None:
-        """Refuse demonstrations of other lengths than the samples.
-
-        Raises:
-            HorizonError: names the first such demonstration.
-        """
-        ends = self._remember(("ends",), None, lambda: bool((self.lengths < self.horizon).any()))
-        wrong = (lengths > self.horizon) | ((lengths < self.horizon) & (not ends))
-        if bool(wrong.any()):
-            episode = int(wrong.flatten().nonzero()[0])
-            raise HorizonError(
-                f"trajectory {episode} has {int(lengths.flatten()[episode])} decisions, and the pool's have "
-                f"{self.horizon}: log Z is of one length; cut the demonstrations, or roll out as long"
-            )
-
-    def check_ends(self, states: Tensor, lengths: Tensor) -> None:
-        """Refuse demonstrations of numbered states that nobody watched to their end.
-
-        An episode shorter than the horizon must have ended: log Z is of whole episodes, and what a truncated one would
-        have gone on to (beta of its last state) is not known from samples. It has ended if its last state is
-        terminal; where no simulator told which are, if samples of the pool ended there.
-
-        Raises:
-            HorizonError: names the first such demonstration.
-        """
-        if not self.tabular:
-            return
-        last = torch.cat([states, torch.full_like(states[..., :1], -1)], -1)
-        last = last.gather(-1, lengths.unsqueeze(-1)).squeeze(-1)
-        if self.terminal is None:
-            over, told = self._ended_in(), "where no sample of the pool ended"
-        else:
-            over, told = self.terminal.nonzero().flatten(), "which is not terminal"
-        wrong = (lengths < self.horizon) & ~torch.isin(last, over)
-        if bool(wrong.any()):
-            episode = int(wrong.flatten().nonzero()[0])
-            state = int(last.flatten()[episode])
-            where = "without its last state" if state < 0 else f"in state {state}, {told}"
-            raise HorizonError(
-                f"trajectory {episode} was cut after {int(lengths.flatten()[episode])} of {self.horizon} decisions, "
-                f"{where}: log Z is of whole episodes; give whole ones, or cut them all to one length and roll out "
-                "as long"
-            )
-
-    def check_table(self, table: Tensor, lengths: Tensor | None = None) -> None:
-        """Refuse a tensor of trajectories that log Z is not of; the same one is looked at once.
-
-        Args:
-            table: ``[*batch, T + 1, 2]`` or ``[*batch, T + 1, ds + da]``.
-            lengths: of trajectories of vectors; by default all of the table. Numbered ones tell it themselves.
-
-        Raises:
-            InvalidTrajectoriesError: another shape than the samples', or a state or action that there is not.
-            HorizonError: another length than the samples', or trajectories that were cut before their end.
-            PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability: of
-                these the samples say nothing, however good the estimate of log Z looks.
-        """
-        self._remember(("checked", id(lengths)), table, lambda: self._check_table(table, lengths), lengths)
-
-    def _check_table(self, table: Tensor, lengths: Tensor | None) -> None:
-        expected = tuple(self.table.shape[-2:])
-        if table.dim() < 2 or table.shape[-1] != expected[1]:
-            raise InvalidTrajectoriesError(
-                f"trajectories {tuple(table.shape)} do not fit the pool: they must be [*batch, {expected[0]}, "
-                f"{expected[1]}]"
-            )
-        if table.dtype != self.table.dtype:
-            raise InvalidTrajectoriesError(
-                f"trajectories are {table.dtype}, and the pool's {self.table.dtype}: give those of one kind and "
-                "precision (demos.to(dtype=...), or another dtype of the simulator)"
-            )
-        steps = table.shape[-2] - 1
-        if self.tabular:
-            lengths = (table[..., 1] >= 0).sum(-1)
-            self._check_range(table)
-            self.check_lengths(lengths)
-            self.check_ends(table[..., 0], lengths)
-        elif lengths is not None:
-            if int(lengths.max()) > steps:
-                raise HorizonError(f"lengths go up to {int(lengths.max())}, and the trajectories have {steps} steps")
-        elif steps != self.horizon:
-            raise HorizonError(
-                f"the trajectories have {steps} decisions, and the pool's {self.horizon}: give lengths= where they "
-                "ended by themselves, or roll out as long"
-            )
-
-        size = self.states.shape[-1]
-        flat = table.reshape(-1, *table.shape[-2:])
-        states, actions = (flat[..., 0], flat[:, :-1, 1]) if self.tabular else (flat[..., :size], flat[:, :-1, size:])
-        if lengths is None:
-            lengths = torch.full((), steps, device=table.device)
-        if lengths.dim() and lengths.shape[-1] not in (1, *table.shape[-3:-2]):
-            raise InvalidTrajectoriesError(
-                f"lengths {tuple(lengths.shape)} do not fit trajectories {tuple(table.shape)}: give one of each"
-            )
-        self.check_support(states, actions, lengths.expand(table.shape[:-2]).reshape(-1))
-
-    def _check_range(self, table: Tensor) -> None:
-        """Name a state or an action beyond those of the problem, where a table of the base or of a policy tells."""
-        for what, column, size in zip(("state", "action"), table.unbind(-1), self._sizes or (), strict=False):
-            if bool((column >= size).any()):
-                where = (column >= size).nonzero()[0].tolist()
-                raise InvalidTrajectoriesError(
-                    f"trajectory {where[-2]}, step {where[-1]}: {what} {int(column[tuple(where)])} is out of range, of "
-                    f"{size} {what}s"
-                )
-
-    def _ended_in(self) -> Tensor:
-        """States that samples shorter than the horizon ended in."""
-
-        def compute() -> Tensor:
-            short = self.lengths < self.horizon
-            return self.states[short, self.lengths[short]].unique()
-
-        return self._remember(("ended in",), None, compute)
 
     # ------------------------------------------------------------------------------------------------ what is summed
 
@@ -457,7 +277,7 @@ class Pool:
             table: trajectories ``[N, T + 1, 2]``; None: the pool's own samples.
             shape: numbers of states and of actions.
         """
-        return self._remember(
+        return self.remember(
             ("visits", shape), table, lambda: _visits(self.table if table is None else table, shape, self)
         )
 
@@ -470,7 +290,7 @@ class Pool:
             return (checked_features(features, states, actions) * counted.unsqueeze(-1)).sum(-2).detach()
 
         states, actions, counted = self.decisions(table, lengths)
-        return self._remember(("features", id(features), id(lengths)), table, compute, features, lengths)
+        return self.remember(("features", id(features), id(lengths)), table, compute, features, lengths)
 
     def decisions(self, table: Tensor | None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States and actions of the decisions ``[N, T, .]`` of trajectories of vectors, and which of them count."""
@@ -481,7 +301,8 @@ class Pool:
         counted = time < (torch.tensor(len(time)) if lengths is None else lengths).unsqueeze(-1)
         return states, actions, counted.expand(states.shape[:-1])
 
-    def _remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:
+    def remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:
+        """What ``compute`` returns, once for each key and table; ``keep`` are the objects whose ids are in the key."""
         # The objects are kept with the result, so that an id is never that of another one.
         if len(self._memo) > 64:
             self._memo.clear()
@@ -492,6 +313,17 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memo": {}}
+
+
+def widened(pool: Pool, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbered trajectories that all ended early, as wide as the pool: any law sees that they ended before T."""
+    if not pool.tabular:
+        return states, actions
+
+    def widen(x: Tensor, size: int) -> Tensor:
+        return torch.cat([x, x.new_full((len(x), max(size - x.shape[1], 0), *x.shape[2:]), -1)], 1)
+
+    return widen(states, pool.states.shape[1]), widen(actions, pool.horizon)
 
 
 def encode(states: Tensor, actions: Tensor) -> Tensor:

@@ -1,0 +1,186 @@
+"""Whether trajectories are ones that a pool's log Z is of: checked before they are observed or learned from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pirl.errors import HorizonError, InvalidTrajectoriesError, PartitionError
+from pirl.pool.samples import Pool, widened
+from pirl.simulators import log_density
+
+
+def check_same_world(pool: Pool, demos: Any) -> None:
+    """Refuse demonstrations of another problem than the pool's: before anything is learned from them.
+
+    Args:
+        demos: :class:`pirl.Trajectories` or :class:`pirl.ContinuousTrajectories`.
+
+    Raises:
+        InvalidTrajectoriesError: other kinds or sizes of states and actions, another dtype, or nothing observed.
+        HorizonError, PartitionError: see :func:`check_table`.
+    """
+    kinds = {True: "numbers", False: "vectors"}
+    theirs, own = demos.states, pool.states
+    action_size = 1 if pool.actions.dim() == 2 else pool.actions.shape[-1]
+    if theirs.is_floating_point() == pool.tabular:
+        raise InvalidTrajectoriesError(
+            f"states of the demonstrations are {kinds[not pool.tabular]}, and the simulator's are "
+            f"{kinds[pool.tabular]}: give demonstrations of the simulator's world, Trajectories of numbers or "
+            "ContinuousTrajectories of vectors"
+        )
+    if not pool.tabular and (theirs.shape[-1], demos.actions.shape[-1]) != (own.shape[-1], action_size):
+        raise InvalidTrajectoriesError(
+            f"the demonstrations have states of size {theirs.shape[-1]} and actions of size "
+            f"{demos.actions.shape[-1]}, and the simulator {own.shape[-1]} and {action_size}: give those of "
+            "one world"
+        )
+    check_lengths(pool, demos.lengths)
+    check_table(pool, demos.as_tensor(), demos.lengths)
+
+
+def check_table(pool: Pool, table: Tensor, lengths: Tensor | None = None) -> None:
+    """Refuse a tensor of trajectories that log Z is not of; the same one is looked at once.
+
+    Args:
+        table: ``[*batch, T + 1, 2]`` or ``[*batch, T + 1, ds + da]``.
+        lengths: of trajectories of vectors; by default all of the table. Numbered ones tell it themselves.
+
+    Raises:
+        InvalidTrajectoriesError: another shape than the samples', or a state or action that there is not.
+        HorizonError: another length than the samples', or trajectories that were cut before their end.
+        PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability: of
+            these the samples say nothing, however good the estimate of log Z looks.
+    """
+    pool.remember(("checked", id(lengths)), table, lambda: _check_table(pool, table, lengths), lengths)
+
+
+def check_lengths(pool: Pool, lengths: Tensor) -> None:
+    """Refuse demonstrations of other lengths than the samples.
+
+    Raises:
+        HorizonError: names the first such demonstration.
+    """
+    ends = pool.remember(("ends",), None, lambda: bool((pool.lengths < pool.horizon).any()))
+    wrong = (lengths > pool.horizon) | ((lengths < pool.horizon) & (not ends))
+    if bool(wrong.any()):
+        episode = int(wrong.flatten().nonzero()[0])
+        raise HorizonError(
+            f"trajectory {episode} has {int(lengths.flatten()[episode])} decisions, and the pool's have "
+            f"{pool.horizon}: log Z is of one length; cut the demonstrations, or roll out as long"
+        )
+
+
+def _check_table(pool: Pool, table: Tensor, lengths: Tensor | None) -> None:
+    expected = tuple(pool.table.shape[-2:])
+    if table.dim() < 2 or table.shape[-1] != expected[1]:
+        raise InvalidTrajectoriesError(
+            f"trajectories {tuple(table.shape)} do not fit the pool: they must be [*batch, {expected[0]}, "
+            f"{expected[1]}]"
+        )
+    if table.dtype != pool.table.dtype:
+        raise InvalidTrajectoriesError(
+            f"trajectories are {table.dtype}, and the pool's {pool.table.dtype}: give those of one kind and "
+            "precision (demos.to(dtype=...), or another dtype of the simulator)"
+        )
+    steps = table.shape[-2] - 1
+    if pool.tabular:
+        lengths = (table[..., 1] >= 0).sum(-1)
+        _check_range(pool, table)
+        check_lengths(pool, lengths)
+        _check_ends(pool, table[..., 0], lengths)
+    elif lengths is not None:
+        if int(lengths.max()) > steps:
+            raise HorizonError(f"lengths go up to {int(lengths.max())}, and the trajectories have {steps} steps")
+    elif steps != pool.horizon:
+        raise HorizonError(
+            f"the trajectories have {steps} decisions, and the pool's {pool.horizon}: give lengths= where they "
+            "ended by themselves, or roll out as long"
+        )
+
+    size = pool.states.shape[-1]
+    flat = table.reshape(-1, *table.shape[-2:])
+    states, actions = (flat[..., 0], flat[:, :-1, 1]) if pool.tabular else (flat[..., :size], flat[:, :-1, size:])
+    if lengths is None:
+        lengths = torch.full((), steps, device=table.device)
+    if lengths.dim() and lengths.shape[-1] not in (1, *table.shape[-3:-2]):
+        raise InvalidTrajectoriesError(
+            f"lengths {tuple(lengths.shape)} do not fit trajectories {tuple(table.shape)}: give one of each"
+        )
+    check_support(pool, states, actions, lengths.expand(table.shape[:-2]).reshape(-1))
+
+
+def _check_range(pool: Pool, table: Tensor) -> None:
+    """Name a state or an action beyond those of the problem, where a table of the base or of a policy tells."""
+    for what, column, size in zip(("state", "action"), table.unbind(-1), pool.sizes or (), strict=False):
+        if bool((column >= size).any()):
+            where = (column >= size).nonzero()[0].tolist()
+            raise InvalidTrajectoriesError(
+                f"trajectory {where[-2]}, step {where[-1]}: {what} {int(column[tuple(where)])} is out of range, of "
+                f"{size} {what}s"
+            )
+
+
+def _check_ends(pool: Pool, states: Tensor, lengths: Tensor) -> None:
+    """Refuse demonstrations of numbered states that nobody watched to their end.
+
+    An episode shorter than the horizon must have ended: log Z is of whole episodes, and what a truncated one would
+    have gone on to (beta of its last state) is not known from samples. It has ended if its last state is
+    terminal; where no simulator told which are, if samples of the pool ended there.
+
+    Raises:
+        HorizonError: names the first such demonstration.
+    """
+    if not pool.tabular:
+        return
+    last = torch.cat([states, torch.full_like(states[..., :1], -1)], -1)
+    last = last.gather(-1, lengths.unsqueeze(-1)).squeeze(-1)
+    if pool.terminal is None:
+        over, told = _ended_in(pool), "where no sample of the pool ended"
+    else:
+        over, told = pool.terminal.nonzero().flatten(), "which is not terminal"
+    wrong = (lengths < pool.horizon) & ~torch.isin(last, over)
+    if bool(wrong.any()):
+        episode = int(wrong.flatten().nonzero()[0])
+        state = int(last.flatten()[episode])
+        where = "without its last state" if state < 0 else f"in state {state}, {told}"
+        raise HorizonError(
+            f"trajectory {episode} was cut after {int(lengths.flatten()[episode])} of {pool.horizon} decisions, "
+            f"{where}: log Z is of whole episodes; give whole ones, or cut them all to one length and roll out "
+            "as long"
+        )
+
+
+def check_support(pool: Pool, states: Tensor, actions: Tensor, lengths: Tensor) -> None:
+    """Refuse demonstrations that no policy of the pool could have made, or that the base measure rules out.
+
+    Raises:
+        PartitionError: names the first such demonstration.
+    """
+    states, actions = widened(pool, states, actions)
+    if pool.base is not None:
+        ruled_out = log_density(pool.base, states, actions, lengths) == -torch.inf
+        if bool(ruled_out.any()):
+            raise PartitionError(
+                f"demonstration {int(ruled_out.nonzero()[0])} has probability 0 under the base measure: it takes "
+                "an action that is not available there"
+            )
+    under = torch.stack([log_density(policy, states, actions, lengths) for policy in pool.policies])
+    missed = (under == -torch.inf).all(0)
+    if bool(missed.any()):
+        raise PartitionError(
+            f"demonstration {int(missed.nonzero()[0])} has probability 0 under every policy of the pool: "
+            "add roll-outs of a policy with full support, such as the base policy"
+        )
+
+
+def _ended_in(pool: Pool) -> Tensor:
+    """States that samples shorter than the horizon ended in."""
+
+    def compute() -> Tensor:
+        short = pool.lengths < pool.horizon
+        return pool.states[short, pool.lengths[short]].unique()
+
+    return pool.remember(("ended in",), None, compute)
