@@ -1,4 +1,5 @@
-"""Each transition keeps its law exactly: rank tests of the kernels of ``chees``, ``smc`` and ``nuts``, frozen.
+"""Each transition keeps its law exactly: rank tests of the kernels of ``chees``, ``smc`` and ``nuts``, frozen, and of
+that of studies of calibration, which samples many data sets at once.
 
 On a small target that is not Gaussian, tempered or not, with exact draws; and on the joint law of weights and
 demonstrations of a model, where exact draws come from the prior and ``sample()`` (Geweke 2004, by ranks).
@@ -27,11 +28,13 @@ from pirl.infer.nuts import _Kernel
 from pirl.infer.potential import Potential
 from pirl.infer.ranks import ALONE
 from pirl.infer.recorded import recorded
+from pirl.infer.replicated import ReplicatedPotential, _Metrics
 from pirl.infer.smc import SMC
 from pirl.infer.start import guarded
 from pirl.mdp import TabularMDP
 from pirl.rewards import linear_reward
 
+PROBES = torch.tensor([[0.1, 0.2], [-0.3, 0.4]], dtype=torch.float64)
 METRIC = torch.tensor([[0.6, 0.0], [0.5, 0.9]], dtype=torch.float64)
 
 
@@ -75,28 +78,32 @@ def many_chains(engine: str, temperature: float = 1.0) -> None:
     """The frozen transition of ``chees`` or ``smc``, as it is made in a step after warm-up, or at a temperature."""
     with inside_an_engine(1):
         potential = Potential(conjugate)
-        probes = torch.tensor([[0.1, 0.2], [-0.3, 0.4]])
-        target = BatchedPotential(potential, probes, 512)
-        options: dict[str, Any] = {"seed": 0, "target_accept_prob": 0.8, "max_leapfrogs": 100, "dense_mass": True}
+        target = BatchedPotential(potential, PROBES, 512)
         seeds = iter(range(1, 10**6))
 
         def move(state: exact.State, edge: int) -> exact.State:
-            ensemble, start = Ensemble(target, len(state[0]), ALONE), state[0]
-            if engine == "chees":
-                sampler: Any = Chees(
-                    ensemble, start, Metric(METRIC), num_warmup=0, trajectory_length=2.0, **options
-                )  # fmt: skip
-            else:
-                sampler = SMC(ensemble, start, num_islands=1, target_ess=0.8, max_moves=5, correlation=0.2, **options)
-                sampler.metric, sampler.temperatures = Metric(METRIC), [0.0, temperature]
-                sampler.length.restart(2.0)
-            # What a start would choose depends on where it is, and a frozen kernel may not.
-            sampler.step_size.restart(1.1)
-            sampler.phase = ensemble.evaluate(start, torch.full_like(start[:, 0], temperature))
-            sampler.seed = next(seeds)
-            return (sampler.advance(edge)[0],)
+            return (frozen_step(engine, target, state[0], edge, next(seeds), temperature),)
 
         exact.check(lambda n: (conjugate_draws(n, temperature),), move, coordinates, 4000)
+
+
+def frozen_step(
+    engine: str, target: BatchedPotential, start: Tensor, edge: int, seed: int, temperature: float = 1.0
+) -> Tensor:
+    """A step of ``chees`` after warm-up, or the moves of ``smc`` at a temperature, of chains that have it as law."""
+    ensemble = Ensemble(target, len(start), ALONE)
+    options: dict[str, Any] = {"seed": 0, "target_accept_prob": 0.8, "max_leapfrogs": 100, "dense_mass": True}
+    if engine == "chees":
+        sampler: Any = Chees(ensemble, start, Metric(METRIC), num_warmup=0, trajectory_length=2.0, **options)
+    else:
+        sampler = SMC(ensemble, start, num_islands=1, target_ess=0.8, max_moves=5, correlation=0.2, **options)
+        sampler.metric, sampler.temperatures = Metric(METRIC), [0.0, temperature]
+        sampler.length.restart(2.0)
+    # What a start would choose depends on where it is, and a frozen kernel may not.
+    sampler.step_size.restart(1.1)
+    sampler.phase = ensemble.evaluate(start, torch.full_like(start[:, 0], temperature))
+    sampler.seed = seed
+    return sampler.advance(edge)[0]
 
 
 def no_u_turn(count: int = 250) -> None:
@@ -113,7 +120,7 @@ def no_u_turn(count: int = 250) -> None:
 
 def frozen(potential: Potential, step_size: float) -> _Kernel:
     """The kernel of ``nuts`` after a warm-up of nothing, with a given step size."""
-    first, second = (potential.unflatten(z) for z in torch.tensor([[0.1, 0.2], [-0.3, 0.4]]))
+    first, second = (potential.unflatten(z) for z in PROBES)
     energy = guarded(recorded(potential, first, second) or potential)
     kernel = _Kernel(
         potential_fn=energy, step_size=step_size, adapt_step_size=False, adapt_mass_matrix=False, max_tree_depth=3
@@ -156,10 +163,11 @@ def joint(cls: type[TabularTrajectory], kernel: str = "chees", episodes: int = 2
         def model(demos: Tensor) -> None:
             weights = pyro.sample("weights", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
             with pyro.plate("episode", episodes):
-                law = cls(mdp, linear_reward(FEATURES, weights).unsqueeze(-3), lengths=lengths)
+                law = cls(mdp, linear_reward(FEATURES, weights), lengths=lengths)
                 pyro.sample("demos", law, obs=demos)
 
         engines: dict[int, Callable[[Tensor], Tensor]] = {}
+        seeds = iter(range(1, 10**6))
 
         def code(demos: Tensor) -> Tensor:
             """A number for each data set; the order of episodes does not matter."""
@@ -171,7 +179,9 @@ def joint(cls: type[TabularTrajectory], kernel: str = "chees", episodes: int = 2
             if kernel == "nuts":
                 nuts = frozen(potential, 0.9)
                 return lambda z: transitions(nuts, potential, z)
-            target = BatchedPotential(potential, torch.tensor([[0.1, 0.2], [-0.3, 0.4]]), 128, record=False)
+            target = BatchedPotential(potential, PROBES, 128, record=False)
+            if kernel == "smc":
+                return lambda z: frozen_step("smc", target, z, 0, next(seeds))
 
             def move(z: Tensor) -> Tensor:
                 ensemble, one = Ensemble(target, len(z), ALONE), torch.ones_like(z[:, 0])
@@ -188,9 +198,45 @@ def joint(cls: type[TabularTrajectory], kernel: str = "chees", episodes: int = 2
             weights = 1.5 * torch.randn(n, 2)
             return weights, simulate(weights)
 
+        def all_at_once(demos: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+            """The transition of studies of calibration: data sets side by side, each with a scale of its own."""
+            potentials = [Potential(model, (one,)) for one in demos]
+            size, width = len(demos), 16 * len(demos)
+            target = ReplicatedPotential(potentials, model, {"demos": demos}, PROBES, width, record=False)
+            scales = torch.linspace(0.7, 1.4, size)
+            metric = _Metrics(scales[:, None, None] * METRIC)
+
+            def move(weights: Tensor, which: Tensor) -> Tensor:
+                # Rows are c R + r; data sets with fewer chains than others repeat what is thrown away.
+                order = [(which == r).nonzero().flatten() for r in range(size)]
+                most = max(len(rows) for rows in order)
+                table = weights.new_zeros(most, size, 2)
+                for r, rows in enumerate(order):
+                    table[: len(rows), r] = weights[rows]
+                z = table.reshape(-1, 2)
+                ensemble, one = Ensemble(target, len(z), ALONE), torch.ones_like(z[:, 0])
+                sizes = (1.8 / scales).expand(most, size).reshape(-1)
+                numbers = torch.randn_like(z), torch.rand_like(one).log()
+                table = ensemble.transition(ensemble.evaluate(z, one), metric, sizes, 3, *numbers).phase.z
+                moved, table = weights.clone(), table.reshape(most, size, 2)
+                for r, rows in enumerate(order):
+                    moved[rows] = table[: len(rows), r]
+                return moved
+
+            return move
+
+        together: list[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
+
         def move_weights(state: exact.State) -> exact.State:
             weights, demos = state
             moved, codes = weights.clone(), code(demos)
+            if kernel == "many":
+                if not together:
+                    known, first = codes.unique(return_inverse=True)
+                    rows = torch.stack([(first == r).nonzero()[0, 0] for r in range(len(known))])
+                    together.append((known, all_at_once(demos[rows])))
+                known, move = together[0]
+                return move(weights, torch.searchsorted(known, codes)), demos
             for value in codes.unique().tolist():
                 rows = codes == value
                 if value not in engines:
@@ -223,6 +269,8 @@ KERNELS: dict[str, Callable[[], None]] = {
     "nuts": no_u_turn,
     "chees, trajectory reading": lambda: joint(MaxEntTrajectory),
     "chees, causal reading": lambda: joint(MaxCausalEntTrajectory),
+    "smc, trajectory reading": lambda: joint(MaxEntTrajectory, "smc"),
+    "many data sets, causal reading": lambda: joint(MaxCausalEntTrajectory, "many"),
     "nuts, trajectory reading": lambda: joint(MaxEntTrajectory, "nuts", 1, 200),
 }
 SEEN = [
@@ -235,12 +283,14 @@ SEEN = [
     ("smc between", "the temperature is ignored"),
     ("nuts", "the log Jacobian is dropped"),
     ("chees, trajectory reading", "Z^(M-1) instead of Z^M"),
+    pytest.param("smc, trajectory reading", "the prior counts twice", marks=pytest.mark.slow),
+    pytest.param("many data sets, causal reading", "every proposal is accepted", marks=pytest.mark.slow),
     pytest.param("nuts, trajectory reading", "the prior counts twice", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("nuts, " in name)) for name in KERNELS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("reading" in name)) for name in KERNELS]
 )
 def test_the_kernel_keeps_its_law(name: str) -> None:
     KERNELS[name]()
