@@ -11,6 +11,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 
 class PirlError(Exception):
     """Base class of all errors that pirl raises on purpose."""
@@ -184,6 +186,20 @@ def check_numbers(least: float, most: float = math.inf, *, within: bool = False,
         real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
         if not real or not (least < number < most if within else least <= number <= most):
             raise OptionError(f"{name} is {number!r}, but must be a finite number {words}")
+
+
+def check_generator(generator: Any) -> None:
+    """Refuse a seed, or anything else, in the place of a generator of random numbers.
+
+    Raises:
+        OptionError: says how to make one.
+
+    Example:
+        >>> check_generator(torch.Generator().manual_seed(3))
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        seed = int(generator) if is_count(generator, 0) else 0
+        raise OptionError(f"generator is {form(generator)}: give torch.Generator().manual_seed({seed}), or None")
 
 
 def form(x: Any) -> str:

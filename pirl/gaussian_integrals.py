@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import DivergenceError, HorizonError, ImpossibleTransitionError, InvalidMDPError, InvalidPolicyError
+from pirl.errors import (
+    DivergenceError,
+    HorizonError,
+    ImpossibleTransitionError,
+    InvalidMDPError,
+    InvalidPolicyError,
+    check_generator,
+)
 from pirl.message_passing import is_checked
 
 Generator = torch.Generator | None
@@ -163,6 +170,7 @@ def eye_like(like: Tensor) -> Float[Tensor, "d d"]:
 
 def standard_normal(shape: tuple[int, ...], like: Tensor, generator: Generator) -> Tensor:
     """Draws of N(0, 1) in the type, and on the device, of another tensor."""
+    check_generator(generator)
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 

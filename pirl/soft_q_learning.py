@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import DiscountError, InvalidRewardError, OptionError, check_counts, check_numbers, form
+from pirl.errors import (
+    DiscountError,
+    InvalidRewardError,
+    OptionError,
+    check_counts,
+    check_generator,
+    check_numbers,
+    form,
+)
 from pirl.message_passing import log_policy_to_go, require_finite, require_finite_reward
 from pirl.simulators import Rollouts, TabularPolicy, roll_out
 from pirl.simulators.playing import Generator
@@ -222,6 +230,7 @@ class SoftQLearner:
         if reward.dim() != 2:
             raise InvalidRewardError(f"update takes one reward, not {tuple(reward.shape)}: solve() takes a batch")
         check_counts(0, num_rollouts=num_rollouts)
+        check_generator(generator)
         changed = self._reward is None or not torch.equal(self._reward, reward)
         visits = torch.zeros_like(self._visits) if changed else self._visits  # old means are of another reward's values
         counts, following, ever = self._counts, self._following, self._ever

@@ -261,6 +261,18 @@ def learners() -> dict[str, Case]:
             "InvalidRewardError",
             "(36, 1) for 36",
         ),
+        **{
+            f"generator: {name}": (call, "OptionError", "generator is a int: give torch.Generator().manual_seed(3)")
+            for name, call in {
+                "soft_q_learning": lambda: soft_q_learning(simulator, wanted, 9, generator=3),
+                "tilt": lambda: tilt(simulator, soft_q_learning(simulator, wanted, 9), wanted, 9, 3, base=base),
+                "roll_out": lambda: roll_out(simulator, base, 5, 3),
+                "TabularSimulator": lambda: simulator.reset(5, 3),
+                "LinearGaussian": lambda: puck.reset(5, 3),
+                "LocalLearner": lambda: LocalLearner(puck, puck.base_policy).update(lambda s, a: -s[..., 0], 9, 3),
+                "multilevel": lambda: partition.multilevel(torch.zeros, 4, generator=3),
+            }.items()
+        },
         "tilt: policy": (lambda: tilt(simulator, base, wanted, 9, base=base), "OptionError", "give one with value"),
     }
 

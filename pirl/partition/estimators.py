@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import OptionError, PartitionError, check_counts, form
+from pirl.errors import OptionError, PartitionError, check_counts, check_generator, form
 from pirl.partition.gates import PartitionEstimate, check_form, check_log_weights, pareto_k, spread
 
 MULTILEVEL_K = 0.4
@@ -211,6 +211,7 @@ def multilevel(
     """
     if not callable(draw):
         raise OptionError(f"draw is a {type(draw).__name__}: give a function of n that makes n log weights")
+    check_generator(generator)
     check_counts(2, num_replicates=num_replicates)  # their spread is the standard error
     check_counts(1, base=base)
     uniform = torch.rand(num_replicates, generator=generator, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import OptionError, PartitionError, check_counts, check_numbers, form
+from pirl.errors import OptionError, PartitionError, check_counts, check_generator, check_numbers, form
 from pirl.partition.estimators import log_mean_exp
 from pirl.partition.gates import PartitionEstimate, check_log_weights, pareto_k, spread
 
@@ -160,6 +160,7 @@ def _filter(
     generator: torch.Generator | None,
     keep_paths: bool,
 ) -> ParticleRuns:
+    check_generator(generator)
     if not isinstance(particles, Particles):
         raise OptionError(
             f"particles is {form(particles)}: give pirl.partition.Particles(reset, propose, step, reward)"

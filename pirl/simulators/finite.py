@@ -6,7 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidPolicyError, OptionError, UnavailableActionError, form, is_count
+from pirl.errors import (
+    HorizonError,
+    InvalidPolicyError,
+    OptionError,
+    UnavailableActionError,
+    check_generator,
+    form,
+    is_count,
+)
 from pirl.mdp import TabularMDP
 from pirl.simulators.playing import Generator
 
@@ -158,6 +166,7 @@ class TabularSimulator:
 
     def reset(self, num: int, generator: Generator = None) -> Int[Tensor, " num"]:
         """First states from p(s_1)."""
+        check_generator(generator)
         target = self._uniform(num, generator) * self._start[-1]
         # Never beyond the last state of positive probability, whatever is rounded.
         return torch.searchsorted(self._start, target, right=True).clamp_max(int((self._start < self._start[-1]).sum()))

@@ -18,6 +18,7 @@ from pirl.errors import (
     PirlError,
     SimulatorError,
     check_counts,
+    check_generator,
     form,
 )
 from pirl.trajectories import End, Trajectories
@@ -230,6 +231,7 @@ def roll_out(
     check_simulator(simulator)
     check_policy(policy)
     check_counts(1, num=num)
+    check_generator(generator)
     if isinstance(simulator, EpisodeSimulator):
         played = simulator.roll_out(policy, num, generator)
         return played._replace(discount=getattr(simulator, "discount", played.discount))
