@@ -38,6 +38,7 @@ _WHOLE = (
     "pirl.metrics",
     "pirl.partition",
     "pirl.plots",
+    "pirl.posterior",
     "pirl.simulators",
 )
 """Packages that are public by their own names, whatever file these stand in."""

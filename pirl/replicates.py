@@ -25,7 +25,7 @@ from pirl.infer.engine import Draws, derive_seed, own_generator
 from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
-from pirl.posterior import rewards_at, trajectory_laws
+from pirl.posterior.rewards import rewards_at, trajectory_laws
 from pirl.setting import Setting, bound
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]

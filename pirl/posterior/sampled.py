@@ -1,0 +1,161 @@
+"""Draws of models whose log Z is estimated from samples: their rewards, and how well the pool knows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pirl.errors import ModelError, OptionError, check_counts
+from pirl.infer.engine import one_thread, own_generator
+from pirl.partition import PartitionEstimate
+from pirl.posterior.rewards import Given, default_dtype, law_of
+from pirl.sampled import SampledMaxEntTrajectory
+
+if TYPE_CHECKING:
+    import xarray
+
+_QUALITY_DRAWS = 100
+_CANDIDATES = 8
+"""Draws among which the one is looked for that a pool knows least."""
+
+
+def sampled_rewards(
+    posterior: xarray.DataTree,
+    model: Callable[..., Any],
+    *args: Any,
+    num_draws: int = 4,
+    seed: int = 0,
+    least_known: int = 0,
+) -> list[Any]:
+    """Rewards of some posterior draws, as the model gives them to its :class:`pirl.SampledMaxEntTrajectory`.
+
+    A table ``[S, A]``, or a function of states and actions, for each draw (of a model with several such sites, those
+    of the first).
+
+    Args:
+        num_draws: how many rewards.
+        least_known: so many of them are those of which the pool has the fewest effective samples, among eight times as
+            many draws.
+
+    Raises:
+        OptionError: ``least_known`` is more than ``num_draws``, or negative.
+
+    Example:
+        >>> simulator = pirl.simulators.TabularSimulator(world)
+        >>> quick = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
+        >>> found = pirl.learning.bayesian_guided_cost(sampled_model, walks[:2], simulator, marks, **quick)
+        >>> rewards = sampled_rewards(found.posterior, sampled_model, walks[:2], found.pool, marks, num_draws=2)
+        >>> [reward.shape for reward in rewards]
+        [torch.Size([16, 1]), torch.Size([16, 1])]
+    """
+    check_counts(0, num_draws=num_draws, least_known=least_known)
+    if least_known > num_draws:
+        raise OptionError(f"least_known is {least_known}, more than num_draws={num_draws}: it is a part of them")
+    dataset = posterior["posterior"].to_dataset()
+    count = dataset.sizes["chain"] * dataset.sizes["draw"]
+    index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    plain = num_draws - least_known
+    index = index[: plain + _CANDIDATES * least_known]
+    dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
+    found, ess = list[Any](), list[float]()
+    with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+        values = {str(n): torch.as_tensor(x.values).flatten(0, 1).to(dtype) for n, x in dataset.data_vars.items()}
+        for number in index.tolist():
+            with Given({name: value[number] for name, value in values.items()}) as given:
+                model(*args)
+            laws = list(given.sampled.values())
+            found.append(laws[0].reward)
+            if len(found) > plain:  # a candidate for the least known
+                ess.append(min(float(1 / law.log_weights.softmax(-1).square().sum(-1).max()) for law in laws))
+    edge = sorted(range(len(ess)), key=lambda number: ess[number])[:least_known]
+    return [*found[:plain], *(found[plain + number] for number in edge)]
+
+
+def prior_rewards(
+    model: Callable[..., Any], *args: Any, num_draws: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> list[Any]:
+    """Rewards of some draws of the prior, as :func:`sampled_rewards` gives them of the posterior.
+
+    Raises:
+        ModelError: the model observes no :class:`pirl.SampledMaxEntTrajectory`.
+
+    Example:
+        >>> from pirl.simulators import TabularSimulator, base_policy, roll_out
+        >>> base = base_policy(world)
+        >>> pool = pirl.Pool.of(roll_out(TabularSimulator(world), base, 100), base, base)
+        >>> [reward.shape for reward in prior_rewards(sampled_model, walks, pool, marks, num_draws=2)]
+        [torch.Size([16, 1]), torch.Size([16, 1])]
+    """
+    found = []
+    with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
+        torch.manual_seed(seed)
+        for _ in range(num_draws):
+            trace = pyro.poutine.trace(model).get_trace(*args)
+            latent = {name: site["value"] for name, site in trace.nodes.items()
+                      if site["type"] == "sample" and not site["is_observed"]}  # fmt: skip
+            for name in latent:
+                if isinstance(law_of(trace.nodes[name]["fn"]), SampledMaxEntTrajectory):
+                    raise ModelError(f"site {name!r} observes nothing: give it obs=demos.as_tensor()")
+            with Given(latent) as given:
+                model(*args)
+            if not given.sampled:
+                raise ModelError("the model observes no SampledMaxEntTrajectory, which needs no guided cost learning")
+            found.append(next(iter(given.sampled.values())).reward)
+    return found
+
+
+def partition_quality(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
+) -> tuple[PartitionEstimate, int] | None:
+    """The estimate of log Z at posterior draws, and how many demonstrations one pool explains; None for exact models.
+
+    A model that observes several sampled sites is judged by each of them: their estimates follow each other.
+
+    Args:
+        draws: of the latent sites, ``[draw, *shape]``; a hundred of them are looked at.
+    """
+    count = len(next(iter(draws.values()))) if draws else 0
+    index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long()
+
+    def laws(number: int) -> dict[str, Any]:
+        with torch.no_grad(), Given({name: value[index[number]] for name, value in draws.items()}) as given:
+            model(*args, **kwargs)
+        return given.sampled
+
+    first = laws(0) if count else {}
+    if not first:
+        return None
+    weights: dict[str, list[Tensor]] = {name: [] for name in first}
+    for number in range(len(index)):
+        for name, law in laws(number).items():
+            weights[name].append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
+    # Errors of one pool move all that it explains together; those of several pools average out. Of a draw, the worst
+    # pool's tail counts.
+    explained = {name: max(law.batch_shape.numel(), 1) for name, law in first.items()}
+    of_pool: dict[int, int] = {}
+    for name, law in first.items():
+        of_pool[id(law.pool)] = of_pool.get(id(law.pool), 0) + explained[name]
+    total, squares = sum(of_pool.values()), sum(n * n for n in of_pool.values())
+    found = {name: first[name].pool.judge(torch.stack(rows)) for name, rows in weights.items()}  # [draw, *batch]
+    flat = {
+        name: PartitionEstimate(
+            part.log_partition.flatten(1), part.standard_error.flatten(1), part.ess.flatten(1),
+            part.pareto_k.flatten(1), part.num_samples,
+        )
+        for name, part in found.items()
+    }  # fmt: skip
+    inverse = torch.zeros(len(index), dtype=torch.float64)
+    for name, estimate in flat.items():
+        share = explained[name] / of_pool[id(first[name].pool)]
+        inverse += share * of_pool[id(first[name].pool)] ** 2 * (1 / estimate.ess.double()).amax(1).cpu()
+    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0) for estimate in flat.values()], 1).amax(1)
+    error = torch.cat([estimate.standard_error for estimate in flat.values()], 1).amax(1)
+    value = torch.cat([estimate.log_partition for estimate in flat.values()], 1).mean(1)
+    ess = (squares / inverse).to(value)
+    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in flat.values()))
+    return whole, math.ceil(squares / total)
