@@ -40,6 +40,7 @@ _WHOLE = (
     "pirl.plots",
     "pirl.posterior",
     "pirl.simulators",
+    "pirl.stable_baselines",
 )
 """Packages that are public by their own names, whatever file these stand in."""
 

@@ -170,8 +170,14 @@ def check_counts(least: int, **counts: Any) -> None:
             raise OptionError(f"{name} is {count!r}, but must be a whole number, at least {least}")
 
 
-def check_numbers(least: float, most: float = math.inf, *, within: bool = False, **numbers: Any) -> None:
-    """Refuse what is no finite number from ``least`` to ``most``, or strictly between them (``within``).
+def check_numbers(
+    least: float, most: float = math.inf, *, within: bool = False, below: bool = False, **numbers: Any
+) -> None:
+    """Refuse what is no finite number from ``least`` to ``most``.
+
+    Args:
+        within: both ends are refused too.
+        below: ``most`` is refused too.
 
     Raises:
         OptionError: names it.
@@ -181,10 +187,12 @@ def check_numbers(least: float, most: float = math.inf, *, within: bool = False,
     """
     bounded = most < math.inf
     words = f"strictly between {least:g} and {most:g}" if bounded else f"above {least:g}"
-    words = words if within else f"from {least:g} {f'to {most:g}' if bounded else 'on'}"
+    end = f"to below {most:g}" if below else f"to {most:g}" if bounded else "on"
+    words = words if within else f"from {least:g} {end}"
     for name, number in numbers.items():
         real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
-        if not real or not (least < number < most if within else least <= number <= most):
+        fits = real and least <= number <= most and not (within and number == least)
+        if not fits or ((within or below) and number == most):
             raise OptionError(f"{name} is {number!r}, but must be a finite number {words}")
 
 

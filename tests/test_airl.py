@@ -163,10 +163,12 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(InvalidTrajectoriesError, match="whole numbers below 2"):
         airl(demos, fewer, 100)
     for options in ({"num_steps": 0}, {"num_steps": 9, "batch_size": 0}, {"num_steps": 9, "learning_rate": 0.0}):
-        with pytest.raises(OptionError, match="at least 1|must be positive"):
+        with pytest.raises(OptionError, match="at least 1|above 0"):
             airl(demos, Exact(), **options)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="gradient_penalty=-1"):
+    with pytest.raises(OptionError, match="gradient_penalty is -1.0, but must be a finite number from 0 on"):
         airl(demos, Exact(), 9, gradient_penalty=-1.0)
+    with pytest.raises(OptionError, match="replay is 1.0, but must be a finite number from 0 to below 1"):
+        airl(demos, Exact(), 9, replay=1.0)
 
     hot = Exact()
     hot.temperature = 2.0  # type: ignore[attr-defined]

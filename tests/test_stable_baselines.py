@@ -19,7 +19,9 @@ from pirl.simulators import GymSimulator, log_density, roll_out
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("stable_baselines3")
 
-from pirl.stable_baselines import DeepPolicy, StableBaselines, Transitions, _Actions, _Rewarded  # noqa: E402
+from pirl.stable_baselines import DeepPolicy, StableBaselines, Transitions  # noqa: E402
+from pirl.stable_baselines.actions import Actions  # noqa: E402
+from pirl.stable_baselines.copies import Rewarded  # noqa: E402
 
 DISCRETE = gymnasium.spaces.Discrete(3)
 BOX = gymnasium.spaces.Box(np.array([-3.0], np.float32), np.array([1.0], np.float32))
@@ -128,9 +130,9 @@ def test_samples_follow_the_density(kind: str) -> None:
 
 
 def test_several_coordinates_multiply() -> None:
-    law = _Actions.of(gymnasium.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)))
+    law = Actions.of(gymnasium.spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 10.0], np.float32)))
     mean, log_scale = torch.tensor([[0.2, -0.4]]).double(), torch.tensor([[0.1, -0.3]]).double()
-    parts = [_Actions(None, law.centre[i : i + 1], law.half[i : i + 1]) for i in (0, 1)]
+    parts = [Actions(None, law.centre[i : i + 1], law.half[i : i + 1]) for i in (0, 1)]
     action = law.sample((mean, log_scale), seeded())
     split = [part.log_prob((mean[:, [i]], log_scale[:, [i]]), action[:, [i]]) for i, part in enumerate(parts)]
     torch.testing.assert_close(law.log_prob((mean, log_scale), action), split[0] + split[1])
@@ -237,7 +239,7 @@ def test_sac_learns_old_transitions_under_the_reward_of_today() -> None:
 
 
 def test_potentials_telescope_and_end_with_the_episode() -> None:
-    paid = _Rewarded(_Actions.of(DISCRETE), 0.5)
+    paid = Rewarded(Actions.of(DISCRETE), 0.5)
     paid.reward, paid.potential = (lambda states, actions: actions.double()), (lambda states: states[:, 0])
     step = Transitions(
         torch.tensor([[1.0], [2.0]]).double(), torch.tensor([0, 2]), torch.tensor([[3.0], [5.0]]).double(),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, check_counts
+from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, check_counts, check_numbers
 from pirl.simulators import Policy
 
 _FARTHEST = 10.0
@@ -166,19 +166,15 @@ def airl(
     began = time.perf_counter()
     check_counts(1, num_steps=num_steps, steps_per_round=steps_per_round, updates_per_round=updates_per_round,
                  batch_size=batch_size)  # fmt: skip
-    if not learning_rate > 0:
-        raise OptionError(f"learning_rate is {learning_rate}, but must be positive")
+    check_numbers(0.0, within=True, learning_rate=learning_rate)
+    check_numbers(0.0, weight_decay=weight_decay, gradient_penalty=gradient_penalty)
+    check_numbers(0.0, 1.0, below=True, replay=replay)
     _check_kinds(demos, learner)
     least = getattr(learner, "steps_at_once", 1)
     if num_steps < least:
         raise OptionError(
             f"num_steps is {num_steps}, but the learner takes {least} at once: raise it, or lower the learner's "
             "n_steps or num_envs"
-        )
-    if weight_decay < 0 or gradient_penalty < 0 or not 0 <= replay < 1:
-        raise OptionError(
-            f"weight_decay={weight_decay} and gradient_penalty={gradient_penalty} must be at least 0, and "
-            f"replay={replay} a share below 1"
         )
     temperature = getattr(learner, "temperature", 1.0)
     if temperature != 1:
