@@ -22,7 +22,7 @@ from pirl.convergence import ess_bulk, rhat
 from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
-from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of
+from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_error
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior.rewards import rewards_at, trajectory_laws
@@ -152,8 +152,11 @@ class Study:
             trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
         except NotImplementedError as error:
             raise ModelError(f"a prior cannot be drawn from, as of an improper one: {_line(error)}") from error
-        except (*NO_DENSITY, PirlError, RuntimeError):  # it says itself what is wrong, as where the model is fitted
-            raise
+        except (*NO_DENSITY, PirlError, RuntimeError) as error:  # it says itself what is wrong, as in a fit
+            said = own_error(error)
+            if said is None:
+                raise
+            raise said from None
         except Exception as error:
             if self.draw_data is not None:
                 raise

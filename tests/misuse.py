@@ -558,7 +558,28 @@ def estimators() -> dict[str, Case]:
     }
 
 
-CASES: dict[str, Case] = {**learners(), **simulators(), **estimators()}
+def engines() -> dict[str, Case]:
+    """What is wrong inside a model: as pirl says it, without what Pyro adds."""
+
+    def other(demos: Any, mdp: Any) -> None:
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("episode", len(demos)):
+            law = pirl.MaxCausalEntTrajectory(mdp, weight * torch.ones(5, dtype=F64), lengths=demos.lengths)
+            pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+    calls = {"fit": pirl.fit, "calibrate": pirl.calibrate}
+    calls |= {engine: lambda *given, by=engine: pirl.fit(*given, engine=by) for engine in ("nuts", "smc", "svi")}
+    return {
+        f"{name}: the model's reward": (
+            lambda call=call: call(other, walks, world),
+            "InvalidRewardError",
+            "reward has shape (5,); expected",
+        )
+        for name, call in calls.items()
+    }
+
+
+CASES: dict[str, Case] = {**learners(), **simulators(), **estimators(), **engines()}
 
 
 def raised(call: Callable[[], Any]) -> tuple[str, str]:

@@ -333,6 +333,18 @@ class Potential:
         return f"the gradient is largest at site {name!r}, {float(slopes[name].abs().max()):.3g}"
 
 
+def own_error(error: BaseException) -> PirlError | None:
+    """What pirl said where Pyro wrapped it, or added a table of shapes to it; None where it was not pirl."""
+    reason: BaseException | None = error
+    while reason is not None:
+        cause = reason.__cause__ or reason.__context__
+        repeated = type(cause) is type(reason) and str(reason).startswith(str(cause))
+        if isinstance(reason, PirlError) and not repeated:
+            return reason
+        reason = cause
+    return None
+
+
 def _survey(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], subsampling: bool
 ) -> tuple[dict[str, Site], list[str], list[str]]:
@@ -363,14 +375,12 @@ def _survey_once(
             if subsampled:
                 with whole_plates():
                     trace = pyro.poutine.trace(model, graph_type="flat").get_trace(*args, **kwargs)
-    except (PirlError, *NO_DENSITY):
-        raise
-    except (ValueError, RuntimeError) as error:
-        reason: BaseException | None = error
-        while reason is not None:  # Pyro wraps what a distribution says, and so hides which trajectory it names
-            if isinstance(reason, PirlError):
-                raise reason from None
-            reason = reason.__cause__ or reason.__context__
+    except Exception as error:
+        said = own_error(error)
+        if said is not None:
+            raise said from None
+        if isinstance(error, NO_DENSITY) or not isinstance(error, (ValueError, RuntimeError)):
+            raise
         if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise
         raise ModelError(
