@@ -15,7 +15,6 @@ each pays 1 while |x| < 2.4 and |angle| < 12 degrees; Pendulum has its own 200. 
 half of a policy that acts at random. With --out, each result is a line of JSON as soon as there is one, and those there
 are not computed again; tests/benchmarks/imitation_returns.py appends those of imitation. --table only shows them.
 tests/benchmarks/gym_returns.jsonl has what was measured so far (two cores that were busy: its seconds are no speed).
-Its rows of AIRL scored decisions by the policy after its update; now that is the one that played.
 """
 
 from __future__ import annotations
