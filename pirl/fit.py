@@ -25,7 +25,7 @@ from pirl.infer.engine import START_STREAM, one_thread, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
 from pirl.partition import untrusted
-from pirl.posterior.identified import identified
+from pirl.posterior.identification import identified
 from pirl.posterior.sampled import partition_quality
 from pirl.setting import Setting, bound, own_keywords
 

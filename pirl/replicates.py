@@ -156,7 +156,7 @@ class Study:
             said = own_error(error)
             if said is None:
                 raise
-            raise said from None
+            raise said from said.__cause__
         except Exception as error:
             if self.draw_data is not None:
                 raise

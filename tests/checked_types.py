@@ -1,4 +1,5 @@
-"""Types and shapes of pirl's functions, checked while tests run: the first hundred calls of each, in each test.
+"""Types and shapes of pirl's functions, checked while tests run: of each its first hundred calls in each test, and one
+in a thousand of those after.
 
 jaxtyping's import hook checks every call. An engine calls the same few functions a hundred thousand times, from the
 same lines: that took more than half of the suite's time, and most of it for functions defined inside functions, whose
@@ -13,7 +14,7 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from types import CodeType
+from threading import RLock
 from typing import Any
 
 import jaxtyping
@@ -21,10 +22,15 @@ import jaxtyping
 CALLS = 100
 """Of each function in each test."""
 
-calls: Counter[CodeType] = Counter()
-"""By the function as it is written: those that are defined anew each time count together."""
+LATER = 997
+"""Of the calls after those, each so many-th is checked: no multiple of what engines do by tens and hundreds."""
+
+calls: Counter[int] = Counter()
+"""By the code of a function: those that are defined anew each time count together."""
 
 every_call = jaxtyping.jaxtyped
+compiling = RLock()
+"""Chains may run in threads, and warnings are filtered for all of them."""
 
 
 def first_calls(function: Any = None, *, typechecker: Callable[..., Any] | None) -> Any:
@@ -37,19 +43,20 @@ def first_calls(function: Any = None, *, typechecker: Callable[..., Any] | None)
         return function
     if not inspect.isfunction(function):
         return every_call(function, typechecker=typechecker)
-    code = function.__code__
+    code = id(function.__code__)
     checked: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal checked
         __tracebackhide__ = True
-        if calls[code] >= CALLS:
+        number = calls[code]
+        calls[code] = number + 1
+        if number >= CALLS and number % LATER:
             return function(*args, **kwargs)
-        calls[code] += 1
         if checked is None:
             # Beartype deplores types of other libraries (Pyro's constraints), once.
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            with compiling, warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 checked = every_call(function, typechecker=typechecker)
         return checked(*args, **kwargs)
 

@@ -268,6 +268,8 @@ def learners() -> dict[str, Case]:
                 "tilt": lambda: tilt(simulator, soft_q_learning(simulator, wanted, 9), wanted, 9, 3, base=base),
                 "roll_out": lambda: roll_out(simulator, base, 5, 3),
                 "TabularSimulator": lambda: simulator.reset(5, 3),
+                "TabularSimulator.step": lambda: simulator.step(torch.zeros(5).long(), torch.zeros(5).long(), 3),
+                "TabularPolicy": lambda: base.sample(torch.zeros(5).long(), 0, 3),
                 "LinearGaussian": lambda: puck.reset(5, 3),
                 "LocalLearner": lambda: LocalLearner(puck, puck.base_policy).update(lambda s, a: -s[..., 0], 9, 3),
                 "multilevel": lambda: partition.multilevel(torch.zeros, 4, generator=3),
@@ -370,6 +372,11 @@ def simulators() -> dict[str, Case]:
         "GymSimulator: none": (lambda: GymSimulator(world), "OptionError", "env is a TabularMDP"),
         "GymSimulator: horizon": (lambda: GymSimulator("CartPole-v1", horizon=2.5), "HorizonError", "horizon is 2.5"),
         "StableBaselines: id": (lambda: StableBaselines("CartPol-v1"), "OptionError", "Did you mean: `CartPole`?"),
+        "StableBaselines: decay_steps": (
+            lambda: StableBaselines("CartPole-v1", decay_steps=0),
+            "OptionError",
+            "decay_steps is 0, but must be a whole number, at least 1",
+        ),
         "StableBaselines: seed": (
             lambda: StableBaselines("CartPole-v1", seed=-1),
             "OptionError",

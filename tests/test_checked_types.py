@@ -49,6 +49,10 @@ def test_arguments_and_results_are_checked_in_the_first_calls_of_each_test() -> 
         assert checked(x, x.T).shape == (2, 2)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         checked(x, x)
+    for _ in range(checked_types.CALLS + 3, checked_types.LATER):
+        checked(x, x.T)
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameters"):
+        checked(x, x)
     checked_types.calls.clear()
     with pytest.raises(jaxtyping.TypeCheckError):
         checked(x, x)

@@ -232,7 +232,29 @@ def test_parameters_without_a_law_cost_prior_draws_and_not_the_posterior() -> No
             pyro.sample("seen", pirl.MaxEntTrajectory(mdp, reward, lengths=demos.lengths), obs=demos.as_tensor())
 
     with pytest.warns(ConvergenceWarning, match="drawn again"):
-        posterior = pirl.fit(model, demos, engine="laplace", num_samples=5, num_prior=20, num_starts=1, progress=False)
+        posterior = fit(model, demos, engine="laplace", num_samples=5, num_prior=20, num_starts=1, progress=False)
     assert posterior.prior.sizes["draw"] == 20
     assert posterior.attrs["num_samples"] == posterior.posterior.sizes["draw"]
     assert posterior.attrs["num_chains"] == 1
+
+
+def test_what_a_model_raises_is_what_is_said_with_its_cause() -> None:
+    def mends() -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        try:
+            raise errors.InvalidRewardError("which the model sees to")
+        except errors.InvalidRewardError:
+            _ = {}["typo"]
+
+    def fails() -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        try:
+            _ = 1 / 0
+        except ZeroDivisionError as error:
+            raise errors.InvalidRewardError("the reward failed") from error
+
+    with pytest.raises(KeyError, match="typo"):
+        fit(mends, progress=False)
+    with pytest.raises(errors.InvalidRewardError, match="^the reward failed$") as caught:
+        fit(fails, progress=False)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

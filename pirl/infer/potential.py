@@ -336,9 +336,9 @@ class Potential:
 def own_error(error: BaseException) -> PirlError | None:
     """What pirl said where Pyro wrapped it, or added a table of shapes to it; None where it was not pirl."""
     reason: BaseException | None = error
-    while reason is not None:
-        cause = reason.__cause__ or reason.__context__
-        repeated = type(cause) is type(reason) and str(reason).startswith(str(cause))
+    while isinstance(reason, (PirlError, ValueError, RuntimeError)):  # Pyro wraps no others
+        cause = reason.__cause__
+        repeated = type(cause) is type(reason) and str(cause) != "" and str(reason).startswith(str(cause))
         if isinstance(reason, PirlError) and not repeated:
             return reason
         reason = cause
@@ -378,7 +378,7 @@ def _survey_once(
     except Exception as error:
         said = own_error(error)
         if said is not None:
-            raise said from None
+            raise said from said.__cause__
         if isinstance(error, NO_DENSITY) or not isinstance(error, (ValueError, RuntimeError)):
             raise
         if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice

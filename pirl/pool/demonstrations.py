@@ -54,7 +54,7 @@ def check_table(pool: Pool, table: Tensor, lengths: Tensor | None = None) -> Non
         PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability: of
             these the samples say nothing, however good the estimate of log Z looks.
     """
-    pool.remember(("checked", id(lengths)), table, lambda: _check_table(pool, table, lengths), lengths)
+    pool._remember(("checked", id(lengths)), table, lambda: _check_table(pool, table, lengths), lengths)
 
 
 def check_lengths(pool: Pool, lengths: Tensor) -> None:
@@ -63,7 +63,7 @@ def check_lengths(pool: Pool, lengths: Tensor) -> None:
     Raises:
         HorizonError: names the first such demonstration.
     """
-    ends = pool.remember(("ends",), None, lambda: bool((pool.lengths < pool.horizon).any()))
+    ends = pool._remember(("ends",), None, lambda: bool((pool.lengths < pool.horizon).any()))
     wrong = (lengths > pool.horizon) | ((lengths < pool.horizon) & (not ends))
     if bool(wrong.any()):
         episode = int(wrong.flatten().nonzero()[0])
@@ -114,7 +114,7 @@ def _check_table(pool: Pool, table: Tensor, lengths: Tensor | None) -> None:
 
 def _check_range(pool: Pool, table: Tensor) -> None:
     """Name a state or an action beyond those of the problem, where a table of the base or of a policy tells."""
-    for what, column, size in zip(("state", "action"), table.unbind(-1), pool.sizes or (), strict=False):
+    for what, column, size in zip(("state", "action"), table.unbind(-1), pool._sizes or (), strict=False):
         if bool((column >= size).any()):
             where = (column >= size).nonzero()[0].tolist()
             raise InvalidTrajectoriesError(
@@ -183,4 +183,4 @@ def _ended_in(pool: Pool) -> Tensor:
         short = pool.lengths < pool.horizon
         return pool.states[short, pool.lengths[short]].unique()
 
-    return pool.remember(("ended in",), None, compute)
+    return pool._remember(("ended in",), None, compute)

@@ -166,15 +166,15 @@ class Pool:
     @property
     def num_states(self) -> int | None:
         """S, where it is known."""
-        return None if self.sizes is None else self.sizes[0]
+        return None if self._sizes is None else self._sizes[0]
 
     @property
     def num_actions(self) -> int | None:
         """A, where it is known."""
-        return None if self.sizes is None else self.sizes[1]
+        return None if self._sizes is None else self._sizes[1]
 
     @property
-    def sizes(self) -> tuple[int, int] | None:
+    def _sizes(self) -> tuple[int, int] | None:
         """S and A, where a table of the base measure or of a policy tells them."""
         for law in (self.base, *self.policies):
             for name in ("log_prior", "log_policy"):
@@ -222,7 +222,7 @@ class Pool:
             errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
             return reconcile(self.log_densities, self.origin, errors, worth)
 
-        return self.remember(("constants",), None, compute)
+        return self._remember(("constants",), None, compute)
 
     @property
     def efficiency(self) -> float:
@@ -244,7 +244,7 @@ class Pool:
     @property
     def table(self) -> Tensor:
         """The samples as a Pyro model observes trajectories: ``[J, T + 1, 2]``, or ``[J, T + 1, ds + da]``."""
-        return self.remember(("table",), None, lambda: encode(self.states, self.actions))
+        return self._remember(("table",), None, lambda: encode(self.states, self.actions))
 
     def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
         """How many samples each policy gave."""
@@ -277,7 +277,7 @@ class Pool:
             table: trajectories ``[N, T + 1, 2]``; None: the pool's own samples.
             shape: numbers of states and of actions.
         """
-        return self.remember(
+        return self._remember(
             ("visits", shape), table, lambda: _visits(self.table if table is None else table, shape, self)
         )
 
@@ -290,7 +290,7 @@ class Pool:
             return (checked_features(features, states, actions) * counted.unsqueeze(-1)).sum(-2).detach()
 
         states, actions, counted = self.decisions(table, lengths)
-        return self.remember(("features", id(features), id(lengths)), table, compute, features, lengths)
+        return self._remember(("features", id(features), id(lengths)), table, compute, features, lengths)
 
     def decisions(self, table: Tensor | None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States and actions of the decisions ``[N, T, .]`` of trajectories of vectors, and which of them count."""
@@ -301,7 +301,7 @@ class Pool:
         counted = time < (torch.tensor(len(time)) if lengths is None else lengths).unsqueeze(-1)
         return states, actions, counted.expand(states.shape[:-1])
 
-    def remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:
+    def _remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:
         """What ``compute`` returns, once for each key and table; ``keep`` are the objects whose ids are in the key."""
         # The objects are kept with the result, so that an id is never that of another one.
         if len(self._memo) > 64:

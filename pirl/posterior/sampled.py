@@ -38,11 +38,12 @@ def sampled_rewards(
     of the first).
 
     Args:
-        num_draws: how many rewards.
+        num_draws: how many rewards; fewer where the posterior has no more draws.
         least_known: so many of them are those of which the pool has the fewest effective samples, among eight times as
             many draws.
 
     Raises:
+        ModelError: the model observes no :class:`pirl.SampledMaxEntTrajectory`.
         OptionError: ``least_known`` is more than ``num_draws``, or negative.
 
     Example:
@@ -68,6 +69,8 @@ def sampled_rewards(
         for number in index.tolist():
             with Given({name: value[number] for name, value in values.items()}) as given:
                 model(*args)
+            if not given.sampled:
+                raise ModelError("the model observes no SampledMaxEntTrajectory, whose rewards these would be")
             laws = list(given.sampled.values())
             found.append(laws[0].reward)
             if len(found) > plain:  # a candidate for the least known
@@ -91,6 +94,7 @@ def prior_rewards(
         >>> [reward.shape for reward in prior_rewards(sampled_model, walks, pool, marks, num_draws=2)]
         [torch.Size([16, 1]), torch.Size([16, 1])]
     """
+    check_counts(1, num_draws=num_draws)
     found = []
     with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)

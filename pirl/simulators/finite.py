@@ -48,6 +48,7 @@ class TabularPolicy:
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n]``, never one of probability 0."""
+        check_generator(generator)
         weight = self._at(self._cumulative, step)[states]
         total = weight[:, -1:]
         uniform = torch.rand(total.shape, generator=generator, dtype=weight.dtype, device=weight.device)
@@ -166,7 +167,6 @@ class TabularSimulator:
 
     def reset(self, num: int, generator: Generator = None) -> Int[Tensor, " num"]:
         """First states from p(s_1)."""
-        check_generator(generator)
         target = self._uniform(num, generator) * self._start[-1]
         # Never beyond the last state of positive probability, whatever is rounded.
         return torch.searchsorted(self._start, target, right=True).clamp_max(int((self._start < self._start[-1]).sum()))
@@ -197,4 +197,5 @@ class TabularSimulator:
         return self._base.sample(states, 0, generator)
 
     def _uniform(self, num: int, generator: Generator) -> Tensor:
+        check_generator(generator)
         return torch.rand(num, generator=generator, dtype=torch.float64, device=self._start.device)

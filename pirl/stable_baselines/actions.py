@@ -12,6 +12,7 @@ from stable_baselines3.sac.policies import Actor
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pirl.errors import check_generator
 from pirl.simulators.playing import Generator
 
 EDGE = 1e-9
@@ -42,6 +43,7 @@ class Actions(NamedTuple):
         return (self.half.log() + 2 * (np.log(2) - u - softplus(-2 * u))).sum(-1)
 
     def sample(self, parameters: tuple[Tensor, ...], generator: Generator) -> Tensor:
+        check_generator(generator)
         if self.number is not None:
             cumulative = parameters[0].double().softmax(-1).cumsum(-1)
             uniform = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64)

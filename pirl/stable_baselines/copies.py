@@ -139,8 +139,8 @@ def made(env: str | Callable[[], Any], horizon: int | None, absorb: bool) -> Epi
     """One copy, of an id or of a function that makes one."""
     if not isinstance(env, str) and not callable(env):
         raise OptionError(f"env is {form(env)}: give an id, or a function that makes an environment")
-    made, limit = made_environment(env, horizon)
-    return Episode(made, limit, absorb)
+    copy, limit = made_environment(env, horizon)
+    return Episode(copy, limit, absorb)
 
 
 class Played(VecEnvWrapper):

@@ -123,7 +123,7 @@ class StableBaselines:
     ) -> None:
         if algorithm not in ("ppo", "sac"):
             raise OptionError(f"algorithm must be 'ppo' or 'sac', not {algorithm!r}")
-        check_counts(1, num_envs=num_envs)
+        check_counts(1, num_envs=num_envs, decay_steps=1 if decay_steps is None else decay_steps)
         check_counts(0, seed=seed)
         check_numbers(0.0, within=True, temperature=temperature, learning_rate=learning_rate)
         check_numbers(0.0, 1.0, below=True, discount=discount)  # it sums rewards without end
@@ -229,8 +229,7 @@ class StableBaselines:
             InvalidRewardError: wrong shape, NaN or infinite.
             SimulatorError: the environment failed in mid-roll-out; names the step. Training can go on.
         """
-        if num_steps < 1:
-            raise OptionError(f"num_steps is {num_steps}; it must be at least 1")
+        check_counts(1, num_steps=num_steps)
         self._rewarded.reward, self._rewarded.potential = reward, potential
         self._played.seen.clear()
         self._players.clear()
