@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_counts, check_generator, form
+from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_counts, form
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
@@ -147,7 +147,6 @@ def tilt(
         Pool(1500 samples of 2 policies)
     """
     check_counts(1, num=num, num_runs=2 if num_runs is None else num_runs)
-    check_generator(generator)
     num_runs = max(min(max(num // 100, 5), 20, num // 2), 2) if num_runs is None else num_runs
     if num_runs < 2 or num < 2 * num_runs:
         raise OptionError(f"{num} particles in {num_runs} runs: at least 2 runs, of at least 2 particles")

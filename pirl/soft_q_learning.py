@@ -27,7 +27,6 @@ from pirl.errors import (
     InvalidRewardError,
     OptionError,
     check_counts,
-    check_generator,
     check_numbers,
     form,
 )
@@ -230,7 +229,6 @@ class SoftQLearner:
         if reward.dim() != 2:
             raise InvalidRewardError(f"update takes one reward, not {tuple(reward.shape)}: solve() takes a batch")
         check_counts(0, num_rollouts=num_rollouts)
-        check_generator(generator)
         changed = self._reward is None or not torch.equal(self._reward, reward)
         visits = torch.zeros_like(self._visits) if changed else self._visits  # old means are of another reward's values
         counts, following, ever = self._counts, self._following, self._ever

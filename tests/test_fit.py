@@ -232,7 +232,7 @@ def test_parameters_without_a_law_cost_prior_draws_and_not_the_posterior() -> No
             pyro.sample("seen", pirl.MaxEntTrajectory(mdp, reward, lengths=demos.lengths), obs=demos.as_tensor())
 
     with pytest.warns(ConvergenceWarning, match="drawn again"):
-        posterior = fit(model, demos, engine="laplace", num_samples=5, num_prior=20, num_starts=1, progress=False)
+        posterior = pirl.fit(model, demos, engine="laplace", num_samples=5, num_prior=20, num_starts=1, progress=False)
     assert posterior.prior.sizes["draw"] == 20
     assert posterior.attrs["num_samples"] == posterior.posterior.sizes["draw"]
     assert posterior.attrs["num_chains"] == 1

@@ -133,8 +133,6 @@ def _check_ends(pool: Pool, states: Tensor, lengths: Tensor) -> None:
     Raises:
         HorizonError: names the first such demonstration.
     """
-    if not pool.tabular:
-        return
     last = torch.cat([states, torch.full_like(states[..., :1], -1)], -1)
     last = last.gather(-1, lengths.unsqueeze(-1)).squeeze(-1)
     if pool.terminal is None:
