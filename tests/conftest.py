@@ -26,11 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def fresh_start() -> Iterator[None]:
-    """Seed every generator, check types again, and leave no Pyro parameters behind."""
+    """Seed every generator, check types again, and leave no Pyro parameters and no other precision behind."""
     checked_types.calls.clear()
     pyro.set_rng_seed(0)
+    dtype = torch.get_default_dtype()
     with pyro.get_param_store().scope():
         yield
+    left = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    assert left == dtype, f"the test leaves {left} as the default: tests after it would see it"
     checked_types.calls.clear()  # fixtures of the next module come before its first test
 
 

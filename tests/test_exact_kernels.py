@@ -43,10 +43,12 @@ def inside_an_engine(seed: int = 0) -> Iterator[None]:
     """Double precision, a trusted model, and random numbers that nobody else sees."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    with pyro.validation_enabled(False), torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        yield
-    torch.set_default_dtype(before)
+    try:
+        with pyro.validation_enabled(False), torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            yield
+    finally:  # also where a law fails, as it must under a planted fault
+        torch.set_default_dtype(before)
 
 
 # ------------------------------------------------------------------------------------------------------- exact targets
