@@ -53,7 +53,7 @@ labels = {"RC": "replacement cost RC (utility)", "theta11": "running cost theta1
 # the mode, twice as far from it as the Laplace approximation is wide.
 defaults = {
     "chees": {"init": "laplace", "num_chains": 32, "num_warmup": 100, "num_samples": 150},
-    "nuts": {"num_warmup": 200, "num_samples": 500, "full_mass": True, "target_accept_prob": 0.65},
+    "nuts": {"num_warmup": 200, "num_samples": 500, "dense_mass": True, "target_accept_prob": 0.65},
 }
 
 

@@ -39,7 +39,7 @@ defaults = {
     "num_posterior_predictive": 100,
     "num_prior": 100,
     "chees": {"num_warmup": 100, "num_samples": 250},
-    "nuts": {"num_warmup": 300, "num_samples": 500, "full_mass": True},
+    "nuts": {"num_warmup": 300, "num_samples": 500, "dense_mass": True},
 }
 dims = {"kinds": ("state", "kind")}
 labels = {"worth": "worth"}

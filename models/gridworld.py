@@ -29,7 +29,7 @@ defaults = {
     "num_posterior_predictive": 100,
     "num_prior": 100,
     "chees": {"num_warmup": 100, "num_samples": 250, "target_accept_prob": 0.9},
-    "nuts": {"num_warmup": 300, "num_samples": 500, "full_mass": True},
+    "nuts": {"num_warmup": 300, "num_samples": 500, "dense_mass": True},
 }
 dims = {"features": ("state", "feature")}
 labels = {"weights": "weight"}

@@ -26,7 +26,7 @@ defaults = {
     "num_posterior_predictive": 100,
     "num_prior": 100,
     "chees": {"num_chains": 32, "num_warmup": 100, "num_samples": 300},
-    "nuts": {"num_warmup": 200, "num_samples": 500, "full_mass": True},
+    "nuts": {"num_warmup": 200, "num_samples": 500, "dense_mass": True},
 }
 dims = {"demos": ("episode", "step", "state_action")}
 labels = {"log_state_cost": "log cost of being away", "log_action_cost": "log cost of pushing"}

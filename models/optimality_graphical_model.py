@@ -49,7 +49,7 @@ defaults = {
     "num_prior": 100,
     "num_posterior_predictive": 0,
     "chees": {"num_chains": 32, "num_warmup": 100, "num_samples": 150},
-    "nuts": {"num_warmup": 200, "num_samples": 300, "full_mass": True},
+    "nuts": {"num_warmup": 200, "num_samples": 300, "dense_mass": True},
 }
 dims = {"features": ("state", "action", "feature")}
 labels = {"weights": "weight"}

@@ -31,6 +31,7 @@ from pirl.errors import (
     OptionError,
     PirlError,
     check_counts,
+    form,
 )
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
@@ -146,7 +147,7 @@ def calibrate(
         (4, ['prior', 'prior_sbc', 'ranks', 'recovery', 'sample_stats'])
     """
     if not callable(model):
-        raise OptionError(f"the model is a {type(model).__name__}: give a function, then its arguments")
+        raise OptionError(f"the model is {form(model)}: give a function, then its arguments")
     run = get_engine(engine)
     given = {"num_chains": num_chains, "num_warmup": num_warmup, "num_samples": num_samples}
     counts = SIZES[engine] | {name: count for name, count in given.items() if count is not None}
@@ -155,7 +156,7 @@ def calibrate(
     check_counts(0, seed=seed)
     check_counts(1, batch=1 if batch is None else batch)
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
-        raise OptionError(f"checkpoint is a {type(checkpoint).__name__}: give the path of a file")
+        raise OptionError(f"checkpoint is {form(checkpoint)}: give the path of a file")
     if counts["num_chains"] * counts["num_samples"] < num_draws:
         raise OptionError(
             f"{counts['num_chains']} chains of {counts['num_samples']} draws are fewer than num_draws={num_draws}: "

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.baselines import PointEstimate, cloning, max_margin, maxent, maximum_margin_planning
-from pirl.errors import ConvergenceWarning, OptionError, PirlError
+from pirl.errors import ConvergenceWarning, OptionError, PirlError, form
 from pirl.infer.importance import FEWEST
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
@@ -215,7 +215,7 @@ def _draws_of(
     if isinstance(entry, Tensor):
         return _checked(name, entry, mdp), math.nan, (math.nan, math.nan)
     if not hasattr(entry, "children") or "posterior" not in entry.children:
-        raise OptionError(f"{name!r} is a {type(entry).__name__}: give what pirl.fit or a baseline returned")
+        raise OptionError(f"{name!r} is {form(entry)}: give what pirl.fit or a baseline returned")
     if given is None and "reward" not in entry["posterior"]:
         raise OptionError(
             f"{name!r} has no variable 'reward': give rewards={{{name!r}: pirl.reward_draws(posterior, model, ...)}}"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pirl.errors import DataError, InvalidTrajectoriesError
+from pirl.errors import DataError, InvalidTrajectoriesError, form
 
 
 class ContinuousTrajectories:
@@ -163,7 +163,7 @@ class ContinuousTrajectories:
             if observed is None or acted is None:
                 if not isinstance(episode, (list, tuple)) or len(episode) != 2:
                     raise InvalidTrajectoriesError(
-                        f"episode {len(states)} is a {type(episode).__name__}: expected (states, actions), "
+                        f"episode {len(states)} is {form(episode)}: expected (states, actions), "
                         "or an object with obs and acts, or with observations and actions"
                     )
                 observed, acted = episode

@@ -185,9 +185,9 @@ def check_numbers(
     Example:
         >>> check_numbers(0.0, 1.0, explore=0.1)
     """
-    bounded = most < math.inf
+    bounded = most < math.inf  # and without a most there is nothing to be below of
     words = f"strictly between {least:g} and {most:g}" if bounded else f"above {least:g}"
-    end = f"to below {most:g}" if below else f"to {most:g}" if bounded else "on"
+    end = "on" if not bounded else f"to below {most:g}" if below else f"to {most:g}"
     words = words if within else f"from {least:g} {end}"
     for name, number in numbers.items():
         real = isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
@@ -219,5 +219,7 @@ def form(x: Any) -> str:
     """
     if isinstance(x, type):
         return f"the class {x.__name__}"
+    name = type(x).__name__
+    article = "an" if name[0] in "aeioAEIO" or name == "ndarray" else "a"
     table = f" {x.dtype} {tuple(x.shape)}" if hasattr(x, "dtype") and hasattr(x, "shape") else ""
-    return f"a {type(x).__name__}{table}"
+    return f"{article} {name}{table}"

@@ -25,8 +25,8 @@ from pirl.infer.engine import START_STREAM, one_thread, reseed
 from pirl.infer.memory import check_memory
 from pirl.infer.ranks import join
 from pirl.partition import untrusted
+from pirl.posterior.from_samples import partition_quality
 from pirl.posterior.identification import identified
-from pirl.posterior.sampled import partition_quality
 from pirl.setting import Setting, bound, own_keywords
 
 if TYPE_CHECKING:
@@ -186,15 +186,15 @@ def fit(
 
 def _identification(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], potential: Potential, posterior: Named
-) -> tuple[Named, dict[str, int | float]]:
-    """The group identification, and numbers for the attributes; empty for models of which it cannot be told."""
+) -> tuple[Named, dict[str, int | float | str]]:
+    """The group identification, and attributes: numbers, or why there are none; empty for models without rewards."""
     import pyro
 
     draws = {name: torch.as_tensor(posterior[name][1], device=torch.empty(0).device) for name in potential.latent}
     with one_thread(), pyro.validation_enabled(False):
         found = identified(model, args, kwargs, draws)
-    if found is None:
-        return {}, {}
+    if isinstance(found, str):
+        return {}, {"identification_unknown": found} if found else {}
     group: Named = {name: (posterior[name][0][2:], share) for name, share in found.share.items()}
     return group, {
         "identified_directions": found.num_directions,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError, OptionError, SimulatorError
+from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_generator
 from pirl.message_passing import log_policy_to_go
 from pirl.simulators import Simulator
 from pirl.simulators.playing import Generator, asked, checked_states
@@ -153,6 +153,7 @@ class UniformPolicy:
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n, 1]``."""
+        check_generator(generator)
         kind = torch.randint(self.actions.num, (len(states),), generator=generator, device=states.device)
         return self.actions.draw(kind, generator)
 
@@ -188,6 +189,7 @@ class GridPolicy:
         """Actions ``[n, 1]``."""
         if len(states) == 0:
             return self.actions.middle[:0].to(states)
+        check_generator(generator)
         kind = torch.multinomial(self._shares(states, step), 1, generator=generator).squeeze(1)
         return self.actions.draw(kind, generator)
 
@@ -249,6 +251,7 @@ class GridLearner:
     ) -> None:
         if hasattr(simulator, "is_terminal"):
             raise SimulatorError("a grid has no ends: give a simulator without is_terminal, which plays all decisions")
+        check_generator(generator)
         if draws < 1:
             raise OptionError(f"draws is {draws}; at least 1 next state of each node and action")
         self.simulator, self.grid, self.actions = simulator, grid, actions

@@ -18,7 +18,7 @@ and, where they help,
 - ``dims``, a dict from arguments to the names of their dims;
 - ``labels``, a dict from parameters to words and units for figures;
 - ``defaults``, arguments of :func:`pirl.fit` that suit the model, and under the name of an engine those for it:
-  ``{"engine": "nuts", "nuts": {"full_mass": True}}``.
+  ``{"engine": "nuts", "nuts": {"dense_mass": True}}``.
 
 ``coords``, ``reference`` and ``truth`` are called with those options and arguments that their parameters name.
 """

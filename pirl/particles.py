@@ -159,9 +159,13 @@ def tilt(
         raise OptionError(f"policy is {form(policy)}: give one with value(states, step), such as a learner's")
     check_policy(base, "base")
     known = getattr(simulator, "log_prior", None)
-    fits = callable(reward) if known is None else isinstance(reward, Tensor) and reward.shape[:-1] == known.shape[:1]
+    fits = (
+        callable(reward)
+        if known is None
+        else isinstance(reward, Tensor) and tuple(reward.shape) in (tuple(known.shape), (len(known), 1))
+    )
     if not fits:
-        expected = "a function of vectors" if known is None else f"a table [{len(known)}, A] or [{len(known)}, 1]"
+        expected = "a function of vectors" if known is None else f"a table {list(known.shape)} or [{len(known)}, 1]"
         raise InvalidRewardError(f"the reward is {form(reward)}; expected {expected}")
     steps = list[int]()
     laws = _laws(simulator, policy, reward, base, generator, steps)

@@ -19,13 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.convergence import ess_bulk, rhat
-from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError
+from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError, form
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
 from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_error
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
-from pirl.posterior.rewards import rewards_at, trajectory_laws
+from pirl.posterior.draws import rewards_at, trajectory_laws
 from pirl.setting import Setting, bound
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
@@ -104,10 +104,10 @@ class Study:
         self.model, self.draw_data, self.seed = model, draw_data, seed
         self.quantities = _functions(quantities or {})
         if draw_data is not None and not callable(draw_data):
-            raise OptionError(f"draw_data is a {type(draw_data).__name__}: give a function of (parameters, arguments)")
+            raise OptionError(f"draw_data is {form(draw_data)}: give a function of (parameters, arguments)")
         for name, quantity in self.quantities.items():
             if not callable(quantity):
-                raise OptionError(f"quantity {name!r} is a {type(quantity).__name__}: give a function of (draws, data)")
+                raise OptionError(f"quantity {name!r} is {form(quantity)}: give a function of (draws, data)")
         # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
         self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
         self.plan = bound(model, *setting.unobserved())
@@ -203,8 +203,8 @@ class Study:
             whole = hasattr(self.plan[name], "unobserved")
             if whole and (not hasattr(value, "unobserved") or value.as_tensor() is None):
                 raise OptionError(
-                    f"draw_data returned a {type(value).__name__} for {name!r}, but must return what was observed, "
-                    f"a {type(self.plan[name]).__name__} as {name!r} is"
+                    f"draw_data returned {form(value)} for {name!r}, but must return what was observed, "
+                    f"{form(self.plan[name])} as {name!r} is"
                 )
         return dict(found)
 

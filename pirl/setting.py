@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pirl.errors import OptionError
+from pirl.errors import OptionError, form
 from pirl.infer.engine import own_generator
 
 
@@ -139,9 +139,9 @@ def own_keywords(
         OptionError: the model cannot be called.
     """
     if not callable(model):
-        raise OptionError(f"the model is a {type(model).__name__}: give a function, then its arguments")
+        raise OptionError(f"the model is {form(model)}: give a function, then its arguments")
     if given is not None and not isinstance(given, Mapping):
-        raise OptionError(f"model_kwargs is a {type(given).__name__}: give a dictionary")
+        raise OptionError(f"model_kwargs is {form(given)}: give a dictionary")
     named = set(inspect.signature(model).parameters)
     rest = {name: value for name, value in options.items() if name not in named}
     return {name: value for name, value in options.items() if name in named} | dict(given or {}), rest

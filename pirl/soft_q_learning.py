@@ -16,6 +16,7 @@ is one of every k. Two ways to average over s':
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -333,6 +334,10 @@ def soft_q_learning(
         num_rounds: how often the policy is renewed.
         options: of :class:`SoftQLearner`.
 
+    Raises:
+        OptionError: unknown, or out of range.
+        InvalidRewardError, SimulatorError: see :meth:`SoftQLearner.update`.
+
     Example:
         >>> mdp = pirl.TabularMDP(torch.ones(1, 2, 1).double(), initial=0, horizon=3)
         >>> simulator = pirl.simulators.TabularSimulator(mdp)
@@ -340,6 +345,9 @@ def soft_q_learning(
         tensor([[0.2689, 0.7311]], dtype=torch.float64)
     """
     check_counts(1, num_rollouts=num_rollouts, num_rounds=num_rounds)
+    known = inspect.signature(SoftQLearner).parameters.keys() - {"simulator"}
+    for name in options.keys() - known:
+        raise OptionError(f"soft_q_learning has no option {name!r}; it has {', '.join(sorted(known))}")
     learner = SoftQLearner(simulator, **options)
     for _ in range(num_rounds):
         learner.update(reward, num_rollouts, generator)

@@ -60,8 +60,10 @@ def _unidentified(posterior: xarray.DataTree) -> dict[str, np.ndarray]:
 
 
 def _what_is_identified(posterior: xarray.DataTree) -> str:
-    """Explain the stars, and say how well chains agree on what is identified; empty where everything is."""
+    """Explain the stars, and how well chains agree on what is identified; or why neither is known; or nothing."""
     attrs = posterior.attrs
+    if "identification_unknown" in attrs:
+        return f"What demonstrations determine of the parameters is not known: {attrs['identification_unknown']}."
     if "unidentified_sites" in attrs or not any(x.any() for x in _unidentified(posterior).values()):
         return ""
     missing = int(attrs["num_directions"]) - int(attrs["identified_directions"])

@@ -17,6 +17,7 @@ from pirl.errors import (
     ImpossibleTransitionError,
     InvalidTrajectoriesError,
     UnavailableActionError,
+    form,
 )
 from pirl.transitions import Dynamics
 
@@ -309,7 +310,7 @@ class Trajectories:
         actions are whole numbers; subjects may be anything.
         """
         if not hasattr(data, "columns"):
-            raise InvalidTrajectoriesError(f"data is a {type(data).__name__}, not a data frame: pandas.DataFrame(...)")
+            raise InvalidTrajectoriesError(f"data is {form(data)}, not a data frame: pandas.DataFrame(...)")
         absent = [name for name in (episode, t, state, action) if name not in data.columns]
         if absent:
             raise InvalidTrajectoriesError(
@@ -385,7 +386,7 @@ class Trajectories:
             if observed is None or acted is None:
                 if not isinstance(episode, (list, tuple)) or len(episode) != 2:
                     raise InvalidTrajectoriesError(
-                        f"episode {len(states)} is a {type(episode).__name__}: expected (states, actions), "
+                        f"episode {len(states)} is {form(episode)}: expected (states, actions), "
                         "or an object with obs and acts, or with observations and actions"
                     )
                 observed, acted = episode

@@ -19,6 +19,7 @@ from torch import Tensor
 import pirl
 from pirl import partition
 from pirl.baselines import adversarial, guided_cost, sample_gradient
+from pirl.grid_control import Actions, Grid, GridLearner, UniformPolicy
 from pirl.learning import bayesian_guided_cost, guided_pool, offline_posterior
 from pirl.local_control import LocalLearner, gaussian_base
 from pirl.particles import tilt
@@ -165,7 +166,7 @@ def learners() -> dict[str, Case]:
             "no learner": (
                 lambda f=slide: f(slides, learner=3),
                 "OptionError",
-                "learner is a int, which has no update",
+                "learner is an int, which has no update",
             ),
             "features fail": (
                 lambda f=slide: f(slides, features=lambda s, a: s[..., 5]),
@@ -235,7 +236,7 @@ def learners() -> dict[str, Case]:
         "guided_pool: policy_step": (
             lambda: pooled(model, walks, simulator, marks, policy_step=3),
             "OptionError",
-            "policy_step is a int",
+            "policy_step is an int",
         ),
         "guided_pool: no policy": (
             lambda: pooled(model, walks, simulator, marks, policy_step=lambda reward, generator: None),
@@ -252,7 +253,7 @@ def learners() -> dict[str, Case]:
         "soft_q_learning: reward": (
             lambda: soft_q_learning(simulator, wanted.numpy(), 9),
             "InvalidRewardError",
-            "the reward is a ndarray",
+            "the reward is an ndarray",
         ),
         "LocalLearner: swapped": (lambda: LocalLearner(puck.base_policy, puck), "OptionError", "is a GaussianKernel"),
         "LocalLearner: base": (lambda: LocalLearner(puck, base), "InvalidPolicyError", "base is a TabularPolicy"),
@@ -262,7 +263,7 @@ def learners() -> dict[str, Case]:
             "(36, 1) for 36",
         ),
         **{
-            f"generator: {name}": (call, "OptionError", "generator is a int: give torch.Generator().manual_seed(3)")
+            f"generator: {name}": (call, "OptionError", "generator is an int: give torch.Generator().manual_seed(3)")
             for name, call in {
                 "soft_q_learning": lambda: soft_q_learning(simulator, wanted, 9, generator=3),
                 "tilt": lambda: tilt(simulator, soft_q_learning(simulator, wanted, 9), wanted, 9, 3, base=base),
@@ -272,9 +273,21 @@ def learners() -> dict[str, Case]:
                 "TabularPolicy": lambda: base.sample(torch.zeros(5).long(), 0, 3),
                 "LinearGaussian": lambda: puck.reset(5, 3),
                 "LocalLearner": lambda: LocalLearner(puck, puck.base_policy).update(lambda s, a: -s[..., 0], 9, 3),
+                "UniformPolicy": lambda: UniformPolicy(Actions(2)).sample(torch.zeros(3, 1), 0, 3),
+                "GridLearner": lambda: GridLearner(puck, Grid([-1.0], [1.0], [3]), Actions(2), generator=3),
                 "multilevel": lambda: partition.multilevel(torch.zeros, 4, generator=3),
             }.items()
         },
+        "soft_q_learning: option": (
+            lambda: soft_q_learning(simulator, wanted, 9, exploration=0.1),
+            "OptionError",
+            "no option 'exploration'; it has explore, reading",
+        ),
+        "tilt: reward": (
+            lambda: tilt(simulator, soft_q_learning(simulator, wanted, 9), wanted.expand(-1, 3), 9, base=base),
+            "InvalidRewardError",
+            "expected a table [9, 5] or [9, 1]",
+        ),
         "tilt: policy": (lambda: tilt(simulator, base, wanted, 9, base=base), "OptionError", "give one with value"),
     }
 
@@ -296,7 +309,7 @@ def simulators() -> dict[str, Case]:
             "OptionError",
             "is a TabularMDP, which cannot be played",
         ),
-        "roll_out: no policy": (lambda: roll_out(simulator, 3, 5), "OptionError", "policy is a int, and no policy"),
+        "roll_out: no policy": (lambda: roll_out(simulator, 3, 5), "OptionError", "policy is an int, and no policy"),
         "roll_out: a table": (
             lambda: roll_out(simulator, base.log_policy, 5),
             "OptionError",
@@ -330,17 +343,21 @@ def simulators() -> dict[str, Case]:
             "OptionError",
             "policy is a Tensor torch.int64",
         ),
-        "TabularPolicy": (lambda: TabularPolicy(np.zeros((3, 2))), "InvalidPolicyError", "is a ndarray float64 (3, 2)"),
-        "BaseMeasure": (lambda: BaseMeasure(np.zeros((3, 2))), "InvalidPolicyError", "log_prior is a ndarray"),
+        "TabularPolicy": (
+            lambda: TabularPolicy(np.zeros((3, 2))),
+            "InvalidPolicyError",
+            "is an ndarray float64 (3, 2)",
+        ),
+        "BaseMeasure": (lambda: BaseMeasure(np.zeros((3, 2))), "InvalidPolicyError", "log_prior is an ndarray"),
         "TabularSimulator": (lambda: TabularSimulator(marks), "OptionError", "mdp is a Tensor"),
         "TabularSimulator: horizon": (lambda: TabularSimulator(world, 2.5), "HorizonError", "horizon is 2.5"),
-        "base_policy": (lambda: base_policy(3), "OptionError", "mdp is a int, which has no table log_prior"),
+        "base_policy": (lambda: base_policy(3), "OptionError", "mdp is an int, which has no table log_prior"),
         "Pool.of: swapped": (lambda: Pool.of(base, played), "OptionError", "rollouts is a TabularPolicy"),
-        "Pool.of: policy": (lambda: Pool.of(played, 3), "OptionError", "policy is a int"),
-        "Pool.of: base": (lambda: Pool.of(played, base, 3), "OptionError", "base is a int"),
+        "Pool.of: policy": (lambda: Pool.of(played, 3), "OptionError", "policy is an int"),
+        "Pool.of: base": (lambda: Pool.of(played, base, 3), "OptionError", "base is an int"),
         "Pool.add": (lambda: pool.add(base, played), "OptionError", "rollouts is a TabularPolicy"),
         "Pool.newest": (lambda: pool.newest(0), "OptionError", "num_policies is 0"),
-        "gaussian_base: numpy": (lambda: gaussian_base(4, np.eye(1), 1), "OptionError", "is a ndarray float64 (1, 1)"),
+        "gaussian_base: numpy": (lambda: gaussian_base(4, np.eye(1), 1), "OptionError", "is an ndarray float64 (1, 1)"),
         "gaussian_base: vector": (
             lambda: gaussian_base(4, one[0], 1),
             "OptionError",
@@ -422,7 +439,7 @@ def simulators() -> dict[str, Case]:
         "Sampled: lengths": (
             lambda: SampledMaxEntTrajectory(pool, wanted, lengths=4),
             "InvalidTrajectoriesError",
-            "lengths is a int",
+            "lengths is an int",
         ),
         "Sampled: demonstrations": (
             lambda: SampledMaxEntTrajectory(pool, wanted).log_prob(walks),
@@ -473,7 +490,7 @@ def estimators() -> dict[str, Case]:
         function = getattr(partition, name)
         for given, told in (
             (whole, "a Tensor torch.int64 (30,)"),
-            (np.zeros(3), "a ndarray float64"),
+            (np.zeros(3), "an ndarray float64"),
             ([0.0], "a list"),
         ):
             found[f"{name}: {told}"] = (lambda f=function, x=given: f(x), "PartitionError", f"log weights are {told}")
@@ -496,7 +513,7 @@ def estimators() -> dict[str, Case]:
         }
         for case, (law, told) in laws.items():
             found[f"{name}: {case}"] = (lambda f=run, law=law: f(walk._replace(**law)), "PartitionError", told)
-        found[f"{name}: none"] = (lambda f=run: f(3), "OptionError", "particles is a int")
+        found[f"{name}: none"] = (lambda f=run: f(3), "OptionError", "particles is an int")
     origin, errors, densities = torch.tensor([0, 0, 1]), torch.full((2,), 0.1), torch.zeros(2, 3)
     weights = lambda *shape: torch.zeros(*shape)  # noqa: E731
     offline: dict[str, tuple[Any, str]] = {
@@ -512,7 +529,7 @@ def estimators() -> dict[str, Case]:
         call = lambda option=option, value=value: offline_posterior(demos, 2, **{option: value})  # noqa: E731
         found[f"offline_posterior: {option}"] = (call, "OptionError", told)
     return found | {
-        "offline_posterior: swapped": (lambda: offline_posterior(2, demos), "OptionError", "demos is a int"),
+        "offline_posterior: swapped": (lambda: offline_posterior(2, demos), "OptionError", "demos is an int"),
         "trusted_k": (lambda: partition.trusted_k(0), "OptionError", "num_samples is 0"),
         "untrusted: estimate": (lambda: partition.untrusted(weights(3), 5), "OptionError", "estimate is a Tensor"),
         "untrusted: count": (lambda: partition.untrusted(trusted, 0), "OptionError", "num_demonstrations is 0"),
@@ -520,7 +537,7 @@ def estimators() -> dict[str, Case]:
         "mixture: numpy": (
             lambda: partition.mixture_log_density(np.zeros((2, 3)), origin),
             "PartitionError",
-            "log densities are a ndarray",
+            "log densities are an ndarray",
         ),
         "mixture: counts": (
             lambda: partition.mixture_log_density(densities, torch.tensor([3, -2])),

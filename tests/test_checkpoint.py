@@ -56,8 +56,8 @@ CHEES = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "nuts": NUTS,
-    "nuts, dense": {**NUTS, "full_mass": True},
-    "nuts, blocks": {**NUTS, "num_chains": 1, "full_mass": [("m",)]},
+    "nuts, dense": {**NUTS, "dense_mass": True},
+    "nuts, blocks": {**NUTS, "num_chains": 1, "dense_mass": [("m",)]},
     "chees": CHEES,
     "chees, diagonal": {**CHEES, "dense_mass": False},
     "smc": {"engine": "smc", "num_chains": 2, "num_samples": 16, "chains_per_block": 8, "max_leapfrogs": 4},

@@ -26,7 +26,7 @@ from pirl.summary import print_summary
 
 CHAINS, DRAWS = 4, 1000
 NUTS = {"inference_library": "pirl", "engine": "nuts", "seed": 0, "wall_time": 1.0, "tuning_steps": 500, "thin": 1,
-        "max_tree_depth": 10, "target_accept_prob": 0.8, "full_mass": "False"}  # fmt: skip
+        "max_tree_depth": 10, "target_accept_prob": 0.8, "dense_mass": "False"}  # fmt: skip
 LAPLACE = {**NUTS, "engine": "laplace", "approximation": "laplace", "pareto_k": 0.2, "importance_ess": 900.0,
            "converged": "True"}  # fmt: skip
 Groups = dict[str, dict[str, Any]]
@@ -172,7 +172,7 @@ def a_shift(groups: Groups, attrs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("defect", "kind", "words"),
     [
-        (displaced, "problem rhat", ["weights[trap] (", "num_samples=2000", "num_warmup=1000", "full_mass=True"]),
+        (displaced, "problem rhat", ["weights[trap] (", "num_samples=2000", "num_warmup=1000", "dense_mass=True"]),
         (bimodal, "problem modes", ["chains 0 and 2 stay near", "chains 1 and 3 stay near", "engine='smc'"]),
         (too_short_tails, "problem ess", ["tails", "wanted 400", "weights[goal] ("]),
         (stuck, "problem stuck", ["Chain 2 hardly moved", "0.1%"]),

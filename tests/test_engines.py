@@ -170,7 +170,7 @@ def ill_conditioned() -> tuple[Callable[[], None], Tensor, Tensor]:
     [
         CHEES | {"num_warmup": 300, "num_samples": 100},
         CHEES | {"num_warmup": 200, "num_samples": 100, "dense_mass": False},
-        NUTS | {"num_chains": 2, "num_warmup": 400, "num_samples": 150, "full_mass": True},
+        NUTS | {"num_chains": 2, "num_warmup": 400, "num_samples": 150, "dense_mass": True},
         SMC | {"num_chains": 5, "num_samples": 1000},
     ],
     ids=["chees", "chees-diagonal", "nuts", "smc"],

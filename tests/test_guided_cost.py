@@ -249,7 +249,7 @@ def test_the_pool_grows_beyond_what_the_approximation_needs(
     monkeypatch.setattr(guided_posterior, "_guide", sure)
     sizes: dict[str, Any] = {"num_rounds": 3, "num_policies": 1, "num_rollouts": 50, "guide_options": QUICK}
     found = guided_pool(model, demos, TabularSimulator(mdp), features, progress=False, **sizes)
-    assert len(found.history) == rounds
+    assert {len(x) for x in found.history.values()} == {rounds}
 
 
 def test_demonstrations_that_cannot_be_are_refused_before_the_first_round() -> None:
@@ -275,8 +275,8 @@ FEW = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 def test_bayesian_guided_cost_agrees_with_exact_dynamics() -> None:
     mdp, features, demos = problem(0.1, num=30)
     found = bayesian_guided_cost(model, demos, TabularSimulator(mdp), features, num_rollouts=1000, **CHAINS, **FEW)
-    assert found.posterior.attrs["partition_trusted"] == 1 and found.history[-1]["trusted"]
-    assert len(found.history) > 1 and len(found.pool) == found.posterior.attrs["partition_samples"]
+    assert found.posterior.attrs["partition_trusted"] == 1 and found.history["trusted"][-1]
+    assert len(found.history["ess"]) > 1 and len(found.pool) == found.posterior.attrs["partition_samples"]
     exact = pirl.fit(exact_model, demos, mdp, features, **CHAINS, **FEW)
     a, b = (x.posterior["weights"].values.reshape(-1, 3) for x in (found.posterior, exact))
     # The gate: a tenth of a standard deviation; and Monte Carlo errors of both chains, some hundredths.

@@ -201,7 +201,7 @@ def test_chees_and_nuts_agree_on_a_gridworld() -> None:
     options: dict[str, Any] = {"num_prior": 0, "num_posterior_predictive": 0, "progress": False, "seed": 4}
     runs = [
         {"engine": "chees", "num_warmup": 100, "num_samples": 150},
-        {"engine": "nuts", "num_chains": 2, "num_warmup": 300, "num_samples": 500, "full_mass": True},
+        {"engine": "nuts", "num_chains": 2, "num_warmup": 300, "num_samples": 500, "dense_mass": True},
     ]
     draws = [
         pirl.fit(gridworld.model, model_kwargs=arguments, **run, **options).posterior["weights"].values for run in runs

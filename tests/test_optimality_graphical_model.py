@@ -286,7 +286,7 @@ def test_nuts_finds_the_same_posterior() -> None:
 
     arguments = load(num_demos=6, horizon=2)
     options: dict[str, Any] = {
-        "engine": "nuts", "num_chains": 2, "num_warmup": 100, "num_samples": 700, "full_mass": True,
+        "engine": "nuts", "num_chains": 2, "num_warmup": 100, "num_samples": 700, "dense_mass": True,
         "target_accept_prob": 0.7, "num_prior": 0, "num_posterior_predictive": 0, "progress": False,
     }  # fmt: skip
     literal = pirl.fit(model, **arguments, seed=1, **options)

@@ -15,7 +15,7 @@ import pirl
 from pirl import errors
 from pirl.datasets import simulate
 from pirl.envs import gridworld, gridworld_features
-from pirl.posterior import reward_draws
+from pirl.posterior import identification, reward_draws
 from pirl.summary import print_summary
 
 F64 = torch.float64
@@ -257,3 +257,15 @@ def test_demonstrators_with_horizons_of_their_own(problem: Any) -> None:
 def test_posteriors_of_other_models_say_nothing_of_it() -> None:
     posterior = pirl.fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), **FEW)
     assert "identification" not in posterior.children and "identified_rhat" not in posterior.attrs
+    assert "identification_unknown" not in posterior.attrs
+
+
+@pytest.mark.parametrize("limit, told", [("_MOST_PARAMETERS", "3 parameters, more than 2"), ("_MOST_PAIRS", "pairs")])
+def test_what_is_not_known_of_it_is_told(
+    problem: Any, limit: str, told: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identification, limit, 2)
+    posterior = pirl.fit(with_a_constant, *problem, False, **FEW)
+    assert "identification" not in posterior.children and told in posterior.attrs["identification_unknown"]
+    print_summary(posterior)
+    assert f"is not known: {posterior.attrs['identification_unknown']}." in capsys.readouterr().out

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, check_counts, check_numbers
+from pirl.errors import HorizonError, InvalidTrajectoriesError, OptionError, check_counts, check_numbers, form
 from pirl.simulators import Policy
 
 _FARTHEST = 10.0
@@ -337,12 +337,12 @@ def _transitions(demos: ContinuousTrajectories, learner: MaxEntLearner) -> Step:
 def _check_kinds(demos: Any, learner: Any) -> None:
     if not isinstance(demos, ContinuousTrajectories):
         raise OptionError(
-            f"demos is a {type(demos).__name__}: airl needs ContinuousTrajectories; finite problems have "
+            f"demos is {form(demos)}: airl needs ContinuousTrajectories; finite problems have "
             "pirl.baselines.adversarial"
         )
     if not isinstance(learner, MaxEntLearner):
         raise OptionError(
-            f"the learner is a {type(learner).__name__}, which learns no policies: give "
+            f"the learner is {form(learner)}, which learns no policies: give "
             "pirl.stable_baselines.StableBaselines(env, horizon=...)"
         )
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import OptionError
+from pirl.errors import OptionError, form
 from pirl.mdp import TabularMDP
 from pirl.trajectories import Trajectories
 
@@ -104,9 +104,9 @@ def check_problem(demos: Any, mdp: Any) -> None:
         OptionError: says what belongs there.
     """
     if not isinstance(demos, Trajectories):
-        raise OptionError(f"demos is a {type(demos).__name__}: give pirl.Trajectories first, then the pirl.TabularMDP")
+        raise OptionError(f"demos is {form(demos)}: give pirl.Trajectories first, then the pirl.TabularMDP")
     if not isinstance(mdp, TabularMDP):
-        raise OptionError(f"mdp is a {type(mdp).__name__}: give the pirl.TabularMDP of the demonstrations")
+        raise OptionError(f"mdp is {form(mdp)}: give the pirl.TabularMDP of the demonstrations")
 
 
 def _indices(x: Tensor) -> list[tuple[int, ...]]:

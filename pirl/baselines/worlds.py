@@ -15,7 +15,7 @@ from pirl.errors import InvalidRewardError, OptionError, check_counts, check_num
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, tilt
-from pirl.pool import Features, Pool, check_same_world, checked_features
+from pirl.pool import Features, Pool, check_explained, checked_features
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -66,7 +66,7 @@ class World:
         rollouts = roll_out(self.simulator, plain, num_rollouts, self.generator)
         self.steps += int(rollouts.lengths.sum())
         self.pool = Pool.of(rollouts, plain, measure)
-        check_same_world(self.pool, self.demos)
+        check_explained(self.pool, self.demos)
         return slice(0, num_rollouts)
 
     def extend(self, policy: Policy, num_rollouts: int) -> slice:

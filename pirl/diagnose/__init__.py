@@ -11,7 +11,7 @@ from pirl.diagnose.approximation import approximation, particles, partition
 from pirl.diagnose.chains import disagreement, divergences, energies, few_effective, run, unsound
 from pirl.diagnose.data import from_the_prior, influential
 from pirl.diagnose.facts import Facts, Finding
-from pirl.errors import PosteriorFileError
+from pirl.errors import PosteriorFileError, form
 
 if TYPE_CHECKING:
     import xarray
@@ -92,7 +92,7 @@ def verdict(posterior: xarray.DataTree) -> str:
 def _examine(posterior: xarray.DataTree) -> tuple[list[Finding], list[str]]:
     if not hasattr(posterior, "children"):
         inner = " its .posterior" if hasattr(posterior, "posterior") else " what pirl.fit returned"
-        raise PosteriorFileError(f"a {type(posterior).__name__} is no DataTree: give{inner}")
+        raise PosteriorFileError(f"{form(posterior)} is no DataTree: give{inner}")
     if "posterior" not in posterior.children or not {"chain", "draw"} <= set(posterior["posterior"].sizes):
         raise PosteriorFileError("there is no group 'posterior' with dims chain and draw: give what pirl.fit returned")
     facts = Facts(posterior)

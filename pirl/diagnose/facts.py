@@ -194,6 +194,6 @@ def faster(facts: Facts) -> str:
 
 def dense_mass(facts: Facts) -> str:
     """The engine's option for correlated parameters, unless it was used."""
-    option = {"nuts": "full_mass", "chees": "dense_mass"}.get(facts.attrs.get("engine", ""))
-    used = option is None or str(facts.attrs.get(option)) == "True"
-    return "" if used else f"{option}=True for correlated parameters, "
+    attrs = facts.attrs
+    used = attrs.get("engine", "") not in ("nuts", "chees") or str(attrs.get("dense_mass")) == "True"
+    return "" if used else "dense_mass=True for correlated parameters, "

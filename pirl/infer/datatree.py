@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, form
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, one_thread, own_generator, reseed
 from pirl.infer.potential import NO_DENSITY, Potential, Site, Values
 
@@ -259,7 +259,7 @@ def check_names(groups: Mapping[str, Named], coords: Mapping[str, Sequence[Any]]
         ModelError: a dim has the name of a variable in its group, or two sizes there.
     """
     if not isinstance(coords, Mapping):
-        raise OptionError(f"coords is a {type(coords).__name__}: give a dictionary of labels by dim")
+        raise OptionError(f"coords is {form(coords)}: give a dictionary of labels by dim")
     sizes: dict[str, set[int]] = {}
     for group, variables in groups.items():
         own: dict[str, int] = {}

@@ -158,7 +158,7 @@ def run(
     ranks: Ranks = ALONE,
     target_accept_prob: float = 0.8,
     max_tree_depth: int = 10,
-    full_mass: bool | list[tuple[str, ...]] = False,
+    dense_mass: bool | list[tuple[str, ...]] = False,
     init: str | Mapping[str, Tensor] = "uniform",
     record: bool = True,
 ) -> Draws:
@@ -171,7 +171,7 @@ def run(
     Args:
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
         max_tree_depth: at most 2^depth - 1 leapfrog steps a transition.
-        full_mass: dense mass matrix: over all sites, or over each tuple of site names.
+        dense_mass: learn correlations too: of all sites, or within each tuple of site names.
         init: where chains start, see :func:`pirl.infer.start.find_start`.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
 
@@ -191,7 +191,7 @@ def run(
     if num_chains < ranks.size:
         raise OptionError(f"num_chains is {num_chains}, fewer than the {ranks.size} ranks that share them: start fewer")
     check_counts(1, max_tree_depth=max_tree_depth)
-    options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": full_mass}
+    options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": dense_mass}
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)
         replay = recorded(potential, find_start(potential, init), find_start(potential, init)) if record else None
@@ -217,7 +217,7 @@ def run(
         attrs={
             "target_accept_prob": target_accept_prob,
             "max_tree_depth": max_tree_depth,
-            "full_mass": str(full_mass),
+            "dense_mass": str(dense_mass),
             "recorded": str(replay is not None),
             "interrupted": str(sampled.interrupted),
         },

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
@@ -25,7 +25,7 @@ from pirl.infer.engine import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
-from pirl.pool import Pool, check_same_world
+from pirl.pool import Pool, check_explained
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -56,15 +56,15 @@ class GuidedPosterior(NamedTuple):
     """Labelled with how well log Z is known (attrs "partition_...")."""
     pool: Any
     """All roll-outs, a :class:`pirl.Pool` (or a list of them): other models of the same demonstrations may use it."""
-    history: list[dict[str, float]]
-    """By round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted"."""
+    history: Mapping[str, Sequence[float]]
+    """By name, and by round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted" (1 or 0)."""
 
     def __repr__(self) -> str:
         attrs = self.posterior.attrs
         known = "trusted" if attrs["partition_trusted"] else "NOT TRUSTED"
         return (
             f"GuidedPosterior({known}: {attrs['partition_ess']:,.0f} effective of {attrs['partition_samples']:,} "
-            f"samples for {attrs['partition_demonstrations']} demonstrations, {len(self.history)} rounds)"
+            f"samples for {attrs['partition_demonstrations']} demonstrations, {len(self.history['ess'])} rounds)"
         )
 
 
@@ -77,7 +77,7 @@ class GuidedPool(NamedTuple):
     """
 
     pool: Any
-    history: list[dict[str, float]]
+    history: Mapping[str, Sequence[float]]
 
 
 def bayesian_guided_cost(
@@ -151,8 +151,8 @@ def bayesian_guided_cost(
     for warning in told:
         message = str(warning.message).replace(
             "add samples of policies nearer to the posterior",
-            f"its {len(history)} rounds of {num_policies} policies with {num_rollouts} roll-outs did not reach it: "
-            "raise num_rounds or num_rollouts",
+            f"its {len(history['ess'])} rounds of {num_policies} policies with {num_rollouts} roll-outs did not "
+            "reach it: raise num_rounds or num_rollouts",
         )
         warnings.warn(message, warning.category, stacklevel=2)
     return GuidedPosterior(posterior, pool, history)
@@ -181,7 +181,7 @@ def guided_pool(
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
         >>> found = guided_pool(sampled_model, walks[:2], simulator, marks)
-        >>> found.pool.horizon, sorted(found.history[0])
+        >>> found.pool.horizon, sorted(found.history)
         (8, ['ess', 'pareto_k', 'samples', 'trusted'])
     """
     check_counts(1, num_rounds=num_rounds, num_policies=num_policies)
@@ -218,9 +218,9 @@ def guided_pool(
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
-        check_same_world(pool, group)
+        check_explained(pool, group)
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
-    history: list[dict[str, float]] = []
+    history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted")}
     near = _near_samples(model)
 
     def given() -> tuple[Any, ...]:
@@ -245,18 +245,14 @@ def guided_pool(
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
                 posterior = _guide(near, given(), guide, seed + number, quick)
             trusted = bool(posterior.attrs["partition_trusted"])
-            history.append(
-                {
-                    "ess": posterior.attrs["partition_ess"],
-                    "pareto_k": posterior.attrs["partition_pareto_k"],
-                    "samples": float(sum(len(pool) for pool in pools)),
-                    "trusted": float(trusted),
-                }
-            )
+            history["ess"].append(posterior.attrs["partition_ess"])
+            history["pareto_k"].append(posterior.attrs["partition_pareto_k"])
+            history["samples"].append(float(sum(len(pool) for pool in pools)))
+            history["trusted"].append(float(trusted))
             # The first posterior is one of policies for the prior alone, and may look trusted where it is not. And the
             # engine may reach further than the approximation, hence the margin.
             need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
-            update(number + 1, f"ESS {history[-1]['ess']:.0f} of {need:.0f}")
+            update(number + 1, f"ESS {history['ess'][-1]:.0f} of {need:.0f}")
             if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
                 break
             # Half of the policies go where the posterior is, half to its edge, where the pool knows least.

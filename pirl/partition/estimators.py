@@ -210,7 +210,7 @@ def multilevel(
         tensor(0.)
     """
     if not callable(draw):
-        raise OptionError(f"draw is a {type(draw).__name__}: give a function of n that makes n log weights")
+        raise OptionError(f"draw is {form(draw)}: give a function of n that makes n log weights")
     check_generator(generator)
     check_counts(2, num_replicates=num_replicates)  # their spread is the standard error
     check_counts(1, base=base)

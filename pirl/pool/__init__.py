@@ -1,13 +1,13 @@
 """Roll-outs of several policies, weighed together, and what may be asked of them."""
 
-from pirl.pool.demonstrations import check_lengths, check_same_world, check_support, check_table
+from pirl.pool.demonstrations import check_explained, check_lengths, check_support, check_table
 from pirl.pool.samples import Features, Pool, checked_features, encode
 
 __all__ = [
     "Features",
     "Pool",
     "check_lengths",
-    "check_same_world",
+    "check_explained",
     "check_support",
     "check_table",
     "checked_features",

@@ -12,15 +12,15 @@ from pirl.pool.samples import Pool, widened
 from pirl.simulators import log_density
 
 
-def check_same_world(pool: Pool, demos: Any) -> None:
-    """Refuse demonstrations of another problem than the pool's: before anything is learned from them.
+def check_explained(pool: Pool, demos: Any) -> None:
+    """Refuse demonstrations that the pool's log Z is not of, before anything is learned from them.
 
     Args:
         demos: :class:`pirl.Trajectories` or :class:`pirl.ContinuousTrajectories`.
 
     Raises:
         InvalidTrajectoriesError: other kinds or sizes of states and actions, another dtype, or nothing observed.
-        HorizonError, PartitionError: see :func:`check_table`.
+        HorizonError, PartitionError: see :func:`check_table`; and vectors of other lengths than the samples.
     """
     kinds = {True: "numbers", False: "vectors"}
     theirs, own = demos.states, pool.states
@@ -37,7 +37,8 @@ def check_same_world(pool: Pool, demos: Any) -> None:
             f"{demos.actions.shape[-1]}, and the simulator {own.shape[-1]} and {action_size}: give those of "
             "one world"
         )
-    check_lengths(pool, demos.lengths)
+    if not pool.tabular:  # of numbers, the table tells lengths
+        check_lengths(pool, demos.lengths)
     check_table(pool, demos.as_tensor(), demos.lengths)
 
 

@@ -16,7 +16,7 @@ from pirl.convergence import ess_bulk, rhat
 from pirl.errors import PirlError
 from pirl.identify import Identification, unidentified
 from pirl.mdp import TabularMDP
-from pirl.posterior.rewards import BLOCK, trajectory_laws
+from pirl.posterior.draws import BLOCK, trajectory_laws
 
 # Beyond these, dense tables of directions cost more than they tell.
 _MOST_PARAMETERS, _MOST_PAIRS, _MOST_QUANTITIES = 300, 3000, 200
@@ -39,14 +39,16 @@ class Identified(NamedTuple):
 
 def identified(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
-) -> Identified | None:
+) -> Identified | str:
     """Compare the parameters of a model with what its demonstrations can show of its rewards (pirl.identify).
 
     A direction of parameter space is not identified where the reward moves along directions that are not. What stays
     unknown of a parameter is its prior variance given all that is identified, which is little for the mean of many
     subjects, say, though with it their deviations could make any reward. (Exact for normal priors and rewards that are
-    linear in the parameters; else an approximation near the posterior mean.) None where that cannot be told: no
-    trajectories of a TabularMDP, too many pairs or parameters, or derivatives that fail.
+    linear in the parameters; else an approximation near the posterior mean.)
+
+    Where that cannot be told, why: too many pairs or parameters, or derivatives that fail; in no words of a model
+    without trajectories of a TabularMDP, of which it is not asked.
 
     Args:
         draws: of the latent sites, ``[chain, draw, *shape]``.
@@ -55,8 +57,6 @@ def identified(
     shapes = [draws[name].shape[2:] for name in names]
     flat = torch.cat([draws[name].reshape(*draws[name].shape[:2], -1) for name in names], -1)  # [chain, draw, P]
     spread = flat.flatten(0, 1).std(0)
-    if not 0 < flat.shape[-1] <= _MOST_PARAMETERS or not bool((spread > 0).all()):
-        return None
     known: dict[str, Identification] = {}
 
     def visible(vector: Tensor) -> Tensor:
@@ -71,20 +71,25 @@ def identified(
     try:
         with torch.no_grad():
             start = mean.split([shape.numel() for shape in shapes])
-            for name, law in trajectory_laws(
+            laws = trajectory_laws(
                 model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, start, shapes, strict=True)}
-            ).items():
+            )
+            if not laws:
+                return ""
+            if flat.shape[-1] > _MOST_PARAMETERS:
+                return f"there are {flat.shape[-1]:,} parameters, more than {_MOST_PARAMETERS}"
+            if not bool((spread > 0).all()):
+                return "a parameter is the same in all draws"
+            for name, law in laws.items():
                 if law.reward.numel() > _MOST_PAIRS:
-                    return None
+                    return f"{name} has {law.reward.numel():,} pairs of states and actions, more than {_MOST_PAIRS:,}"
                 starts = "drawn" if law.starts is None else "given"
                 own = [law.mdp] if law.horizons is None else _with_horizons(law.mdp, law.horizons)
                 known[name] = unidentified(own, reading=law.reading, stopping=law.stopping, starts=starts)
-            if not known:
-                return None
             slope, elsewhere = _jacobian(visible, mean), _jacobian(visible, flat[0, -1])
             prior = _prior_covariance(_prior_draws(model, args, kwargs, names, _PRIOR_DRAWS).to(flat))
-    except (RuntimeError, NotImplementedError, PirlError):
-        return None
+    except (RuntimeError, NotImplementedError, PirlError) as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     _, level, axes = torch.linalg.svd(slope * spread)
     rounding = max(1e-8, torch.finfo(level.dtype).eps ** (2 / 3))
     rank = int((level > rounding * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())

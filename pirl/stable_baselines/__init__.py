@@ -16,7 +16,9 @@ from pirl.errors import MissingDependencyError
 
 try:
     import stable_baselines3  # noqa: F401
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name not in ("stable_baselines3", "gymnasium"):  # installed, and broken: its own error tells more
+        raise
     raise MissingDependencyError("stable-baselines3 is not installed: pip install 'pirl[rl]'") from None
 
 from pirl.stable_baselines.copies import Transitions

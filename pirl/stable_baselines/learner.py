@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,6 +131,9 @@ class StableBaselines:
         taken = sorted({"gamma", "ent_coef", "use_sde"} & options.keys())
         if taken:
             raise OptionError(f"{taken[0]} is not an option: discount and temperature say what is learned")
+        known = inspect.signature(PPO if algorithm == "ppo" else SAC).parameters.keys()
+        for name in sorted(options.keys() - known):
+            raise OptionError(f"stable-baselines3: {algorithm.upper()} has no option {name!r}")
         copies = DummyVecEnv([partial(made, env, horizon, absorb)] * num_envs)
         first: Any = copies.envs[0]
         self.horizon, self.discount, self.temperature = first.horizon, discount, temperature

@@ -109,7 +109,7 @@ def pirl_fit(problem: Any, *, engine: str, chains: int, warmup: int, draws: int,
         seed=seed,
         device=device,
         progress=False,
-        **({"full_mass": True} if engine == "nuts" else {}),
+        **({"dense_mass": True} if engine == "nuts" else {}),
     )
     wall = time.perf_counter() - began
     parts = [values.values.reshape(chains, draws, -1) for values in posterior.posterior.values()]

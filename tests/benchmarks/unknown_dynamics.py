@@ -105,9 +105,9 @@ def posteriors(slip: float, seed: int) -> None:
     attrs, off = found.posterior.attrs, (abs(a.mean(0) - b.mean(0)) / b.std(0)).max()
     print(
         f"slip {slip:.1f} seed {seed} posterior: means off by {off:.3f} sd at most, "
-        f"sds by {abs(a.std(0) / b.std(0) - 1).max():.1%}; {len(found.history)} rounds, {len(found.pool):,} samples, "
-        f"{simulator.steps_taken:,} steps, ESS {attrs['partition_ess']:.0f}, k-hat {attrs['partition_pareto_k']:.2f}, "
-        f"trusted {attrs['partition_trusted']}, {seconds:.0f} s"
+        f"sds by {abs(a.std(0) / b.std(0) - 1).max():.1%}; {len(found.history['ess'])} rounds, "
+        f"{len(found.pool):,} samples, {simulator.steps_taken:,} steps, ESS {attrs['partition_ess']:.0f}, "
+        f"k-hat {attrs['partition_pareto_k']:.2f}, trusted {attrs['partition_trusted']}, {seconds:.0f} s"
     )
 
 

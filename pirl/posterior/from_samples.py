@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
 from pirl.partition import PartitionEstimate
-from pirl.posterior.rewards import Given, default_dtype, law_of
+from pirl.pool import Pool
+from pirl.posterior.draws import Given, default_dtype, law_of
 from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
@@ -124,42 +125,54 @@ def partition_quality(
         draws: of the latent sites, ``[draw, *shape]``; a hundred of them are looked at.
     """
     count = len(next(iter(draws.values()))) if draws else 0
-    index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long()
-
-    def laws(number: int) -> dict[str, Any]:
-        with torch.no_grad(), Given({name: value[index[number]] for name, value in draws.items()}) as given:
+    index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long().tolist()
+    first = dict[str, SampledMaxEntTrajectory]()
+    weights: dict[str, list[Tensor]] = {}
+    for number in index:
+        with torch.no_grad(), Given({name: value[number] for name, value in draws.items()}) as given:
             model(*args, **kwargs)
-        return given.sampled
-
-    first = laws(0) if count else {}
+        first = first or given.sampled
+        for name, law in given.sampled.items():
+            weights.setdefault(name, []).append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
     if not first:
         return None
-    weights: dict[str, list[Tensor]] = {name: [] for name in first}
-    for number in range(len(index)):
-        for name, law in laws(number).items():
-            weights[name].append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
-    # Errors of one pool move all that it explains together; those of several pools average out. Of a draw, the worst
-    # pool's tail counts.
-    explained = {name: max(law.batch_shape.numel(), 1) for name, law in first.items()}
-    of_pool: dict[int, int] = {}
+    sites: list[_Site] = []
     for name, law in first.items():
-        of_pool[id(law.pool)] = of_pool.get(id(law.pool), 0) + explained[name]
+        found = law.pool.judge(torch.stack(weights[name]))  # [draw, *batch]
+        fields = (found.log_partition, found.standard_error, found.ess, found.pareto_k)
+        value, error, ess, khat = (field.flatten(1) for field in fields)
+        estimate = PartitionEstimate(value, error, ess, khat, found.num_samples)
+        sites.append(_Site(law.pool, max(law.batch_shape.numel(), 1), estimate))
+    return _together(sites)
+
+
+class _Site(NamedTuple):
+    """How well log Z of one sampled site is known at posterior draws."""
+
+    pool: Pool
+    explained: int
+    """Demonstrations."""
+    estimate: PartitionEstimate
+    """``[draw, batch]``."""
+
+
+def _together(sites: list[_Site]) -> tuple[PartitionEstimate, int]:
+    """One estimate for all sites ``[draw]``, and how many demonstrations share one error.
+
+    Errors of one pool move all that it explains together; those of several pools average out. Of a draw, the worst
+    pool's tail counts.
+    """
+    of_pool: dict[int, int] = {}
+    for pool, explained, _ in sites:
+        of_pool[id(pool)] = of_pool.get(id(pool), 0) + explained
     total, squares = sum(of_pool.values()), sum(n * n for n in of_pool.values())
-    found = {name: first[name].pool.judge(torch.stack(rows)) for name, rows in weights.items()}  # [draw, *batch]
-    flat = {
-        name: PartitionEstimate(
-            part.log_partition.flatten(1), part.standard_error.flatten(1), part.ess.flatten(1),
-            part.pareto_k.flatten(1), part.num_samples,
-        )
-        for name, part in found.items()
-    }  # fmt: skip
-    inverse = torch.zeros(len(index), dtype=torch.float64)
-    for name, estimate in flat.items():
-        share = explained[name] / of_pool[id(first[name].pool)]
-        inverse += share * of_pool[id(first[name].pool)] ** 2 * (1 / estimate.ess.double()).amax(1).cpu()
-    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0) for estimate in flat.values()], 1).amax(1)
-    error = torch.cat([estimate.standard_error for estimate in flat.values()], 1).amax(1)
-    value = torch.cat([estimate.log_partition for estimate in flat.values()], 1).mean(1)
+    estimates = [site.estimate for site in sites]
+    inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64)
+    for pool, explained, estimate in sites:
+        inverse += explained * of_pool[id(pool)] * (1 / estimate.ess.double()).amax(1).cpu()
+    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0) for estimate in estimates], 1).amax(1)
+    error = torch.cat([estimate.standard_error for estimate in estimates], 1).amax(1)
+    value = torch.cat([estimate.log_partition for estimate in estimates], 1).mean(1)
     ess = (squares / inverse).to(value)
-    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in flat.values()))
+    whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in estimates))
     return whole, math.ceil(squares / total)
