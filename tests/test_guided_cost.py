@@ -342,7 +342,7 @@ def test_bad_input_is_named() -> None:
         guided_cost(demos, TabularSimulator(mdp, horizon=5), features)
     with pytest.raises(OptionError, match="at least 1"):
         bayesian_guided_cost(model, demos, simulator, features, num_policies=0)
-    with pytest.raises(OptionError, match="a object, which cannot be played"):
+    with pytest.raises(OptionError, match="an object, which cannot be played"):
         bayesian_guided_cost(model, demos, object(), features)
     masked = torch.ones(16, 5, dtype=torch.bool)
     masked[:, int(demos.actions[0, 0])] = False
