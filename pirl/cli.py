@@ -6,8 +6,6 @@ What a model file is tells :mod:`pirl.model_file`.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 import traceback
 import typing
@@ -27,9 +25,17 @@ from pirl.errors import (
     EmptyTrajectoriesWarning,
     InterruptedWarning,
     OptionError,
-    OutputError,
     PirlError,
-    PosteriorFileError,
+)
+from pirl.files import (
+    as_posterior,
+    check_distinct,
+    check_output,
+    is_study,
+    read_posterior,
+    read_result,
+    replacing,
+    write_posterior,
 )
 from pirl.model_file import ModelFile
 from pirl.summary import print_summary
@@ -40,14 +46,8 @@ if TYPE_CHECKING:
 PLOT_FORMATS = (".png", ".pdf", ".svg", ".jpg")
 INTERRUPTED = 130
 
-SEAL = b"pirl sha256 "
-SEAL_LENGTH = len(SEAL) + 64
-
 CRASHED = 3
 """Exit status of what is nobody's use, but an error in a model or in pirl."""
-
-LONGEST_NAME, LONGEST_FOLDER = 230, 3000
-"""Bytes; a little less than file systems take, for the name that a file has while it is written."""
 
 
 class _Commands(TyperGroup):
@@ -124,9 +124,9 @@ def fit_command(
 
     Ctrl-C while it samples keeps the draws so far; the exit status is then 130.
     """
-    _check_output(out)
-    _check_output(plot, PLOT_FORMATS)
-    _check_distinct(out, plot, checkpoint)
+    check_output(out)
+    check_output(plot, PLOT_FORMATS)
+    check_distinct(out, plot, checkpoint)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
@@ -159,13 +159,13 @@ def summary_command(posterior: PosteriorPath) -> None:
 
     Of a study that `pirl calibrate --out` wrote, print its verdicts again.
     """
-    tree = _read(posterior)
-    if _is_study(tree):
+    tree = read_result(posterior)
+    if is_study(tree):
         from pirl.verdicts import print_verdicts
 
         print_verdicts(tree)
     else:
-        print_summary(_checked(tree, posterior))
+        print_summary(as_posterior(tree, posterior))
 
 
 @app.command("diagnose")
@@ -182,7 +182,7 @@ def plot_command(
 ) -> None:
     """Draw the posterior distributions of a posterior file, with reference values."""
     target = out or (posterior.with_suffix(".png") if posterior.name else Path("posterior.png"))
-    _check_output(target, PLOT_FORMATS)
+    check_output(target, PLOT_FORMATS)
     _write_plot(read_posterior(posterior), target)
     print(f"wrote {target}")
 
@@ -206,9 +206,9 @@ def compare_command(
     """Compare the posterior of a model file with point estimates and cloning, on episodes that are held out."""
     from pirl.compare import against_point_estimates, print_comparison, to_latex
 
-    _check_output(out, (".csv", ".tex"))
-    _check_output(plot, PLOT_FORMATS)
-    _check_distinct(out, plot)
+    check_output(out, (".csv", ".tex"))
+    check_output(plot, PLOT_FORMATS)
+    check_distinct(out, plot)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
@@ -220,13 +220,13 @@ def compare_command(
             file, options, {name: value for name, value in arguments.items() if value is not None}, hold_out, seed
         )
     if out is not None:
-        with _replacing(out) as temporary:
+        with replacing(out) as temporary:
             temporary.write_text(to_latex(table) if out.suffix == ".tex" else table.to_csv())
     if plot is not None:
         from pirl.plots import plot_comparison
 
         figure = plot_comparison(table)
-        with _replacing(plot) as temporary:
+        with replacing(plot) as temporary:
             figure.savefig(temporary, dpi=150)
     print_comparison(table)
     for path in (out, plot):
@@ -266,10 +266,10 @@ def calibrate_command(
     """
     from pirl.verdicts import is_calibrated, print_verdicts
 
-    _check_output(out)
+    check_output(out)
     for path in (plot, recovery):
-        _check_output(path, PLOT_FORMATS)
-    _check_distinct(out, plot, recovery, checkpoint)
+        check_output(path, PLOT_FORMATS)
+    check_distinct(out, plot, recovery, checkpoint)
     file = ModelFile.read(model)
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": _device(device),
@@ -295,7 +295,7 @@ def calibrate_command(
         for path, draw in ((plot, plot_ranks), (recovery, plot_recovery)):
             if path is not None:
                 figure = draw(study, names=least_uniform(study))
-                with _replacing(path) as temporary:
+                with replacing(path) as temporary:
                     figure.savefig(temporary, dpi=150)
     for path in (out, plot, recovery):
         if path is not None:
@@ -334,124 +334,9 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-# ---------------------------------------------------------------------------------------------------- files in and out
-
-
-def _check_output(path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
-    """Refuse what could not be written, before anything is computed."""
-    if path is None:
-        return
-    folder = path.parent
-    if len(os.fsencode(path.name)) > LONGEST_NAME or len(os.fsencode(folder)) > LONGEST_FOLDER:
-        raise OptionError(f"{str(path)[:60]}... cannot be written: its name is too long")
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a device would be replaced by a file
-        raise OptionError(f"{path} cannot be written: it is no ordinary file; name another")
-    if not folder.is_dir():
-        raise OptionError(f"{path} cannot be written: there is no folder {folder}; make it first")
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        problem = "it is a folder" if path.is_dir() else f"folder {folder} is read-only"
-        raise OptionError(f"{path} cannot be written: {problem}; name another file")
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise OptionError(f"{path} has no known format: let its name end in {', '.join(suffixes)}")
-
-
-def _check_distinct(*paths: Path | None) -> None:
-    """Refuse one file for two results."""
-    given = [path.resolve() for path in paths if path is not None]
-    if twice := [path for path in given if given.count(path) > 1]:
-        raise OptionError(f"{twice[0].name} is named for two results: give each a file of its own")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to, renamed to ``path`` when all went well: never half a file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_posterior(posterior: xarray.DataTree, path: Path) -> None:
-    """Write a posterior to a netCDF file, compressed and sealed: its SHA-256 stands at the end.
-
-    HDF5 reads what comes before. What was there before stays until all is written.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    encoding = {
-        group.path: {name: {"zlib": True, "complevel": 1} for name, data in group.data_vars.items() if data.size > 1000}
-        for group in posterior.subtree
-        if group.data_vars
-    }
-    # Through memory: where the disk is full, HDF5 ends the process when it closes a file that it could not write.
-    content = posterior.to_netcdf(engine="h5netcdf", encoding=encoding)
-    with _replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.write(SEAL + hashlib.sha256(content).hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_posterior(path: Path) -> xarray.DataTree:
-    """Read a posterior file into memory.
-
-    Raises:
-        PosteriorFileError: there is no such file, or it is not one that pirl wrote.
-    """
-    return _checked(_read(path), path)
-
-
-def _read(path: Path) -> xarray.DataTree:
-    import xarray
-
-    if not path.is_file():
-        raise PosteriorFileError(f"{path} is not a file: give one that `pirl fit MODEL.py --out` wrote")
-    try:
-        _check_seal(path)
-        with xarray.open_datatree(path, engine="h5netcdf") as tree:
-            return tree.load()
-    except Exception:  # whatever the parts of HDF5 and xarray say of what is damaged
-        raise PosteriorFileError(
-            f"{path} is damaged, or not a netCDF file: give one that `pirl fit --out` wrote"
-        ) from None
-
-
-def _is_study(tree: xarray.DataTree) -> bool:
-    return tree.attrs.get("inference_library") == "pirl" and {"ranks", "recovery"} <= set(tree.children)
-
-
-def _checked(posterior: xarray.DataTree, path: Path) -> xarray.DataTree:
-    if _is_study(posterior):
-        raise PosteriorFileError(
-            f"{path} is a study of `pirl calibrate`, not a posterior: `pirl summary` prints its verdicts, "
-            "`pirl calibrate --plot` and pirl.plots.plot_ranks draw it"
-        )
-    if posterior.attrs.get("inference_library") != "pirl" or "posterior" not in posterior.children:
-        raise PosteriorFileError(f"{path} is not a posterior of pirl: give one that `pirl fit --out` wrote")
-    return posterior
-
-
-def _check_seal(path: Path) -> None:
-    """ValueError if the file ends in a seal that is not its own; files of other programs have none."""
-    with open(path, "rb") as file:
-        content = file.read()
-    body, seal = content[:-SEAL_LENGTH], content[-SEAL_LENGTH:]
-    if seal.startswith(SEAL) and seal.removeprefix(SEAL) != hashlib.sha256(body).hexdigest().encode():
-        raise ValueError("the file is not as it was written")
-
-
 def _write_plot(posterior: xarray.DataTree, path: Path) -> None:
     from pirl.plots import plot_posterior
 
     figure = plot_posterior(posterior)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)

@@ -191,7 +191,7 @@ def kills(name: str, count: int, folder: Path, numbers: random.Random) -> dict[s
 
 def posterior_kills(count: int, folder: Path, numbers: random.Random) -> dict[str, Any]:
     """Kill a process that replaces one posterior file again and again: one whole file is there."""
-    from pirl.cli import read_posterior, write_posterior
+    from pirl.files import read_posterior, write_posterior
 
     path, posterior = folder / "posterior.nc", whole("nuts")
     write_posterior(posterior, path)

@@ -14,8 +14,9 @@ import pytest
 import xarray
 from typer.testing import CliRunner
 
-from pirl.cli import _short_warnings, app, read_posterior, write_posterior
+from pirl.cli import _short_warnings, app
 from pirl.errors import CheckpointWarning, OutputError, PosteriorFileError
+from pirl.files import read_posterior, write_posterior
 from pirl.infer import ENGINES
 from pirl.infer.nuts import Nuts
 
@@ -425,7 +426,8 @@ def test_a_posterior_file_is_refused_if_a_single_bit_of_it_is_another(tmp_path: 
     # Where nothing more can be written the last file stays, and the error has a name.
     path.write_bytes(whole)
     script = (
-        "import resource, signal, sys\nfrom pathlib import Path\nfrom pirl.cli import read_posterior, write_posterior\n"
+        "import resource, signal, sys\nfrom pathlib import Path\n"
+        "from pirl.files import read_posterior, write_posterior\n"
         "path = Path(sys.argv[1])\ntree = read_posterior(path)\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\nwrite_posterior(tree, path)\n"
     )

@@ -18,10 +18,11 @@ from arviz_stats.base import array_stats
 from typer.testing import CliRunner
 
 import pirl
-from pirl.cli import app, write_posterior
+from pirl.cli import app
 from pirl.convergence import Convergence, Elements, allowed_rhat, ess_bulk, ess_tail, nested_rhat, rhat, wanted_ess
 from pirl.diagnose import diagnose, print_diagnosis, verdict
 from pirl.errors import PosteriorFileError
+from pirl.files import write_posterior
 from pirl.summary import print_summary
 
 CHAINS, DRAWS = 4, 1000

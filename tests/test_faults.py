@@ -20,7 +20,7 @@ import pytest
 from test_checkpoint import HaltError, Trap, assert_same, run, whole
 
 from pirl import errors
-from pirl.cli import read_posterior, write_posterior
+from pirl.files import read_posterior, write_posterior
 from pirl.infer import checkpoint as checkpoints
 from pirl.infer.checkpoint import MAGIC, Checkpoint
 
@@ -61,7 +61,7 @@ WATCHED = """
 import pickle, sys
 from pathlib import Path
 
-from pirl.cli import read_posterior
+from pirl.files import read_posterior
 from pirl.errors import PirlError
 from pirl.infer.checkpoint import read
 

@@ -302,7 +302,8 @@ def test_nuts_finds_the_same_posterior() -> None:
 
 def test_the_file_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fits, prints the truth beside the posterior, and simulates aimless episodes with their optimality."""
-    from pirl.cli import app, read_posterior
+    from pirl.cli import app
+    from pirl.files import read_posterior
 
     file, out = Path(__file__).parents[1] / "models" / "optimality_graphical_model.py", tmp_path / "posterior.nc"
     settings = ["--set", "num_demos=5", "--set", "horizon=2", "--chains", "1", "--warmup", "10", "--samples", "10"]

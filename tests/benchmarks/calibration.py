@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas
 import xarray
 
-from pirl.cli import write_posterior
+from pirl.files import write_posterior
 from pirl.model_file import ModelFile
 from pirl.verdicts import verdicts
 

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import pirl
-from pirl.cli import app, write_posterior
+from pirl.cli import app
 from pirl.continuous import ContinuousTrajectories
 from pirl.datasets import mouse_labyrinth, zurcher_raw
 from pirl.errors import DataError, EmptyTrajectoriesWarning, InvalidTrajectoriesError, PirlError
+from pirl.files import write_posterior
 from pirl.trajectories import Trajectories
 from tests.fuzz.cases import cases, in_child
 
