@@ -19,7 +19,8 @@ from torch import Tensor
 from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_generator
 from pirl.message_passing import log_policy_to_go
 from pirl.simulators import Simulator
-from pirl.simulators.playing import Generator, asked, checked_states
+from pirl.simulators.playing import asked, checked_states
+from pirl.simulators.protocols import Generator
 from pirl.soft_values import SoftProblem, soft_values
 from pirl.transitions import TransitionMap
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError, check_counts, check_numbers, form
 from pirl.gaussian_integrals import GaussianKernel, Noise, Quadratic, expect, times
 from pirl.simulators import EpisodeSimulator, Simulator, roll_out
-from pirl.simulators.playing import Generator, check_simulator
+from pirl.simulators.protocols import Generator, check_simulator
 from pirl.soft_values import Reading
 
 Reward = Callable[[Tensor, Tensor], Tensor]

@@ -20,7 +20,9 @@ from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_c
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
-from pirl.simulators.playing import Generator, asked, check_policy, checked_states, known_ends, paying
+from pirl.simulators.playing import asked, checked_states, known_ends
+from pirl.simulators.protocols import Generator, check_policy
+from pirl.simulators.rollouts import paying
 
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""

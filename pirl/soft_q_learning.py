@@ -33,7 +33,7 @@ from pirl.errors import (
 )
 from pirl.message_passing import log_policy_to_go, require_finite, require_finite_reward
 from pirl.simulators import Rollouts, TabularPolicy, roll_out
-from pirl.simulators.playing import Generator
+from pirl.simulators.protocols import Generator
 from pirl.soft_values import Reading, SoftProblem, soft_values
 from pirl.transitions import TransitionMap
 

@@ -19,7 +19,7 @@ from pirl.pool import Features, Pool, check_explained, checked_features
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
-from pirl.simulators.playing import check_demonstrations, check_simulator, require_undiscounted
+from pirl.simulators.protocols import check_demonstrations, check_simulator, require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
 from pirl.soft_values import Reading
 from pirl.trajectories import Trajectories

@@ -29,7 +29,7 @@ from pirl.pool import Pool, check_explained
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
-from pirl.simulators.playing import Generator, check_demonstrations, check_simulator, require_undiscounted
+from pirl.simulators.protocols import Generator, check_demonstrations, check_simulator, require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
 from pirl.trajectories import Trajectories
 

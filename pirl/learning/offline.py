@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pirl.continuous import ContinuousTrajectories
 from pirl.errors import InvalidTrajectoriesError, NonFiniteError, OptionError, check_counts, check_numbers, form
-from pirl.simulators.playing import Generator, check_demonstrations
+from pirl.simulators.protocols import Generator, check_demonstrations
 from pirl.trajectories import Trajectories
 
 _SMALLEST_SD = 1e-3  # in units of prior_scale: log q has no upper bound without it

@@ -22,7 +22,8 @@ from pirl.errors import (
 )
 from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
-from pirl.simulators.playing import check_policy, paying, require_undiscounted
+from pirl.simulators.protocols import check_policy, require_undiscounted
+from pirl.simulators.rollouts import paying
 
 Features = Callable[[Tensor, Tensor], Tensor]
 """(states [..., ds], actions [..., da]) -> features [..., K]."""

@@ -7,7 +7,9 @@ the decisions, sum_t log pi(a_t|s_t): with the true dynamics in both, p(tau) / q
 
 from pirl.simulators.environments import GymSimulator
 from pirl.simulators.finite import BaseMeasure, TabularPolicy, TabularSimulator, base_policy, log_base_measure
-from pirl.simulators.playing import EpisodeSimulator, Policy, Rollouts, Simulator, WholeLaw, log_density, roll_out
+from pirl.simulators.playing import log_density, roll_out
+from pirl.simulators.protocols import EpisodeSimulator, Policy, Simulator, WholeLaw
+from pirl.simulators.rollouts import Rollouts
 
 __all__ = [
     "BaseMeasure",

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import HorizonError, MissingDependencyError, OptionError, check_counts, form, is_count
-from pirl.simulators.playing import Generator, Policy, Rollouts, checked_states, play
+from pirl.simulators.playing import checked_states, play
+from pirl.simulators.protocols import Generator, Policy
+from pirl.simulators.rollouts import Rollouts
 
 
 def made_environment(env: Any, horizon: int | None = None, **options: Any) -> tuple[Any, int]:

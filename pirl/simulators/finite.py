@@ -16,7 +16,7 @@ from pirl.errors import (
     is_count,
 )
 from pirl.mdp import TabularMDP
-from pirl.simulators.playing import Generator
+from pirl.simulators.protocols import Generator
 
 
 class TabularPolicy:

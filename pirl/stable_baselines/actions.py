@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pirl.errors import check_generator
-from pirl.simulators.playing import Generator
+from pirl.simulators.protocols import Generator
 
 EDGE = 1e-9
 """An action nearer to the end of its range than this share has the density of one just so near."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pirl.errors import OptionError, check_counts, check_numbers
 from pirl.simulators import Policy
-from pirl.simulators.playing import Generator
+from pirl.simulators.protocols import Generator
 from pirl.stable_baselines.actions import EDGE, Actions, parameters
 from pirl.stable_baselines.copies import Played, Potential, Reward, Rewarded, Transitions, made
 
