@@ -63,10 +63,8 @@ class StepSize(_Saved):
         if self.apart:
             self.offset = self.offset + 2.0 * self.steps**-0.6 * (acceptance - self.target)
             return
-        # Begins at the target, as if seen five times: one refusal says little.
-        self.recent = self.recent + max(1 / (self.steps + 5), 0.1) * (acceptance - self.recent)
-        mean = float(1 / (1 / self.recent.clamp(min=1e-3)).mean())
-        self.log_size += 2.0 * self.steps**-0.6 * (mean - self.target)
+        self.recent = _recent(self.recent, acceptance, self.steps)
+        self.log_size += 2.0 * self.steps**-0.6 * (float(_harmonic_mean(self.recent)) - self.target)
         self.total += self.steps * self.log_size
         self.weight += self.steps
 
@@ -86,6 +84,41 @@ class StepSize(_Saved):
         if self.apart:  # no common size was ever sought
             return float(self.sizes.median())
         return math.exp(self.total / self.weight) if self.weight else self.current
+
+
+class StepSizes:
+    """The step size of each of R replicates, by the acceptance of its own chains; see :class:`StepSize`."""
+
+    def __init__(self, like: Float[Tensor, "C R"], target: float) -> None:
+        self.target, self.log_size, self.recent = target, torch.zeros_like(like[0]), like
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything but the size."""
+        self.steps, self.recent = 0, torch.full_like(self.recent, self.target)
+        self.total, self.weight = torch.zeros_like(self.log_size), 0.0
+
+    def update(self, acceptance: Float[Tensor, "C R"]) -> None:
+        """Learn from the acceptance of one transition of each chain."""
+        self.steps += 1
+        self.recent = _recent(self.recent, acceptance, self.steps)
+        self.log_size = self.log_size + 2.0 * self.steps**-0.6 * (_harmonic_mean(self.recent) - self.target)
+        self.total = self.total + self.steps * self.log_size
+        self.weight += self.steps
+
+    @property
+    def average(self) -> Float[Tensor, " R"]:
+        """The sizes to keep."""
+        return (self.total / self.weight).exp() if self.weight else self.log_size.exp()
+
+
+def _recent(mean: Tensor, acceptance: Tensor, steps: int) -> Tensor:
+    """The recent mean acceptance: it begins at the target, as if seen five times, since one refusal says little."""
+    return mean + max(1 / (steps + 5), 0.1) * (acceptance - mean)
+
+
+def _harmonic_mean(recent: Float[Tensor, "C *R"]) -> Float[Tensor, "*R"]:
+    return 1 / (1 / recent.clamp(min=1e-3)).mean(0)
 
 
 class TrajectoryLength(_Saved):
@@ -184,11 +217,7 @@ class Covariance(_Saved):
         self.count = total
 
     def metric(self) -> Metric | None:
-        """The factor of the covariance; None where the draws do not determine it.
-
-        A dense estimate from n draws is shrunk towards its diagonal as by D + 2 further draws: a few directions of
-        too few draws would otherwise look as if they had no width.
-        """
+        """The factor of the covariance; None where the draws do not determine it."""
         if self.count < 2:
             return None
         estimate = self.scatter / (self.count - 1)
@@ -197,9 +226,19 @@ class Covariance(_Saved):
             return None
         if estimate.dim() == 1:
             return Metric(variance.sqrt())
-        shrinkage = (len(variance) + 2) / (self.count + len(variance) + 2)
-        factor, info = torch.linalg.cholesky_ex((1 - shrinkage) * estimate + shrinkage * variance.diag())
+        factor, info = torch.linalg.cholesky_ex(shrunk(estimate, self.count))
         return Metric(factor) if info == 0 else None
+
+
+def shrunk(covariance: Float[Tensor, "*R D D"], count: float) -> Float[Tensor, "*R D D"]:
+    """An estimate from ``count`` draws, moved towards its diagonal as by D + 2 further draws.
+
+    A few directions of too few draws would otherwise look as if they had no width.
+    """
+    extra = covariance.shape[-1] + 2
+    share = extra / (count + extra)
+    diagonal = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+    return (1 - share) * covariance + share * diagonal
 
 
 def halton(index: int) -> float:

@@ -20,7 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pirl.errors import ModelError, NonFiniteError, PirlError
-from pirl.infer.adaptation import halton, window_ends
+from pirl.infer.adaptation import StepSizes, halton, shrunk, window_ends
 from pirl.infer.chees import FIRST_LEAPFROGS
 from pirl.infer.engine import MOMENTA, Draws, own_generator, random_numbers, reseed
 from pirl.infer.ensemble import Ensemble
@@ -180,30 +180,6 @@ class _Metrics(Metric):
         return torch.einsum("rij,crj->cri", factor, each).reshape(y.shape)
 
 
-class _StepSizes:
-    """The step size of each replicate, by stochastic approximation of its chains' acceptance; see ``StepSize``."""
-
-    def __init__(self, like: Float[Tensor, "C R"], target: float) -> None:
-        self.target, self.log_size, self.recent = target, torch.zeros_like(like[0]), like
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps, self.recent = 0, torch.full_like(self.recent, self.target)
-        self.total, self.weight = torch.zeros_like(self.log_size), 0.0
-
-    def update(self, acceptance: Float[Tensor, "C R"]) -> None:
-        self.steps += 1
-        self.recent = self.recent + max(1 / (self.steps + 5), 0.1) * (acceptance - self.recent)
-        mean = 1 / (1 / self.recent.clamp(min=1e-3)).mean(0)
-        self.log_size = self.log_size + 2.0 * self.steps**-0.6 * (mean - self.target)
-        self.total = self.total + self.steps * self.log_size
-        self.weight += self.steps
-
-    @property
-    def average(self) -> Float[Tensor, " R"]:
-        return (self.total / self.weight).exp() if self.weight else self.log_size.exp()
-
-
 def run_all(
     potentials: list[Potential],
     model: Any,
@@ -300,7 +276,7 @@ def _sample(
     """Warm up, freeze, draw: positions, and which transitions diverged."""
     by = (num_chains, target.replicates)
     start, metric = _starts(target, potentials, num_chains, init)
-    sizes = _StepSizes(start[:, 0].reshape(by), target_accept_prob)
+    sizes = StepSizes(start[:, 0].reshape(by), target_accept_prob)
     phase = ensemble.evaluate(start, torch.ones_like(start[:, 0]))
     ends, window = window_ends(num_warmup), list[Tensor]()
     kept, diverging = [], []
@@ -365,14 +341,11 @@ def _starts(
 
 
 def _learnt(draws: Float[Tensor, "n R D"], dense: bool) -> Metric:
-    """The factor of each replicate's covariance, shrunk towards its diagonal as by D + 2 further draws."""
+    """The factor of each replicate's covariance."""
     centred = draws - draws.mean(0)
     variance = centred.square().mean(0).clamp(min=1e-12)
     if not dense:
         return _Metrics(variance.sqrt())
     covariance = torch.einsum("nri,nrj->rij", centred, centred) / len(draws)
-    extra = variance.shape[-1] + 2
-    share = extra / (len(draws) + extra)
-    shrunk = (1 - share) * covariance + torch.diag_embed(share * variance)
-    factor, info = torch.linalg.cholesky_ex(shrunk)
+    factor, info = torch.linalg.cholesky_ex(shrunk(covariance, float(len(draws))))
     return _Metrics(torch.where((info == 0)[:, None, None], factor, torch.diag_embed(variance.sqrt())))
