@@ -159,113 +159,123 @@ def world() -> TabularMDP:
     return TabularMDP(table, initial=0, horizon=HORIZON)
 
 
-def joint(cls: type[TabularTrajectory], kernel: str = "chees", episodes: int = 2, count: int = 1500) -> None:
+class Joint:
+    """Weights and demonstrations of a model, of which both can be simulated exactly.
+
+    Episodes are watched for one decision of two, and the state after it: each has four outcomes, and two of them ten
+    that a likelihood can tell apart.
+    """
+
+    def __init__(self, cls: type[TabularTrajectory], episodes: int = 2) -> None:
+        self.cls, self.mdp, self.lengths = cls, world(), torch.full((episodes,), WATCHED)
+
+    def model(self, demos: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
+        with pyro.plate("episode", len(self.lengths)):
+            law = self.cls(self.mdp, linear_reward(FEATURES, weights), lengths=self.lengths)
+            pyro.sample("demos", law, obs=demos)
+
+    def start(self, count: int) -> exact.State:
+        weights = 1.5 * torch.randn(count, 2)
+        return weights, self.simulate(weights)
+
+    def simulate(self, weights: Tensor) -> Tensor:
+        return self.cls(self.mdp, linear_reward(FEATURES, weights).unsqueeze(-3), lengths=self.lengths).sample()
+
+    def code(self, demos: Tensor) -> Tensor:
+        """A number for each data set; the order of episodes does not matter."""
+        outcome = (2 * demos[:, :, 0, 1] + demos[:, :, 1, 0]).sort(1).values
+        return (outcome * 4 ** torch.arange(len(self.lengths))).sum(1)
+
+
+CHAINS = 16
+"""Of each data set in a call, where data sets are moved side by side."""
+
+Move = Callable[[Tensor, Tensor, int], Tensor]
+"""Of weights, each beside its data set, and the number of the step."""
+
+
+def one_by_one(law: Joint, engine: str) -> Move:
+    """The kernel of an engine, frozen: of each data set by itself."""
+    seeds = iter(range(1, 10**6))
+    moves: dict[int, Callable[[Tensor, int], Tensor]] = {}
+
+    def made(demos: Tensor) -> Callable[[Tensor, int], Tensor]:
+        potential = Potential(law.model, (demos,))
+        if engine == "nuts":
+            kernel = frozen(potential, 0.9)
+            return lambda z, edge: transitions(kernel, potential, z)
+        target = BatchedPotential(potential, PROBES, 128)
+        return lambda z, edge: frozen_step(engine, target, z, edge, next(seeds), length=6.0)
+
+    def move(weights: Tensor, demos: Tensor, edge: int) -> Tensor:
+        moved, codes = weights.clone(), law.code(demos)
+        for value in codes.unique().tolist():
+            rows = codes == value
+            if value not in moves:
+                moves[value] = made(demos[rows][0])
+            moved[rows] = moves[value](weights[rows], edge)
+        return moved
+
+    return move
+
+
+def side_by_side(law: Joint) -> Move:
+    """The transition of studies of calibration, which moves the chains of all data sets at once."""
+    known = torch.zeros(0)
+    target: ReplicatedPotential | None = None
+
+    def move(weights: Tensor, demos: Tensor, edge: int) -> Tensor:
+        nonlocal known, target
+        codes = law.code(demos)
+        if target is None:
+            known, place = codes.unique(return_inverse=True)
+            each = demos[torch.stack([(place == r).nonzero()[0, 0] for r in range(len(known))])]
+            potentials = [Potential(law.model, (one,)) for one in each]
+            target = ReplicatedPotential(potentials, law.model, {"demos": each}, PROBES, CHAINS * len(each))
+        which, size = torch.searchsorted(known, codes), len(known)
+        assert int(which.max()) < size and torch.equal(known[which], codes)
+        # Rows are c R + r; those of data sets with fewer chains than others are filled up, and thrown away.
+        order = [(which == r).nonzero().flatten() for r in range(size)]
+        chains = -(-max(len(rows) for rows in order) // CHAINS) * CHAINS
+        table = weights.new_zeros(chains, size, 2)
+        for r, rows in enumerate(order):
+            table[: len(rows), r] = weights[rows]
+        z, metric = table.reshape(-1, 2), _Metrics(METRIC.expand(size, 2, 2))
+        ensemble, one = Ensemble(target, len(z), ALONE), torch.ones_like(z[:, 0])
+        numbers = torch.randn_like(z), torch.rand_like(one).log()
+        z = ensemble.transition(ensemble.evaluate(z, one), metric, 1.8 * one, 3, *numbers).phase.z
+        moved, table = weights.clone(), z.reshape(table.shape)
+        for r, rows in enumerate(order):
+            moved[rows] = table[: len(rows), r]
+        return moved
+
+    return move
+
+
+def joint(cls: type[TabularTrajectory], kernel: str, episodes: int = 2, count: int = 1500) -> None:
     """Weights given demonstrations by the kernel, demonstrations given weights by ``sample()``, and ranks.
 
-    The reversal of the two in turn is the two in the other order. Episodes are watched for one decision of two, and the
-    state after it: each has four outcomes, and two of them ten that a likelihood can tell apart.
+    The reversal of the two in turn is the two in the other order.
     """
     with inside_an_engine(3):
-        mdp, lengths = world(), torch.full((episodes,), WATCHED)
-
-        def model(demos: Tensor) -> None:
-            weights = pyro.sample("weights", dist.Normal(0.0, 1.5).expand([2]).to_event(1))
-            with pyro.plate("episode", episodes):
-                law = cls(mdp, linear_reward(FEATURES, weights), lengths=lengths)
-                pyro.sample("demos", law, obs=demos)
-
-        engines: dict[int, Callable[[Tensor, int], Tensor]] = {}
-        seeds = iter(range(1, 10**6))
-
-        def code(demos: Tensor) -> Tensor:
-            """A number for each data set; the order of episodes does not matter."""
-            outcome = (2 * demos[:, :, 0, 1] + demos[:, :, 1, 0]).sort(1).values
-            return (outcome * 4 ** torch.arange(episodes)).sum(1)
-
-        def engine(demos: Tensor) -> Callable[[Tensor, int], Tensor]:
-            potential = Potential(model, (demos,))
-            if kernel == "nuts":
-                nuts = frozen(potential, 0.9)
-                return lambda z, edge: transitions(nuts, potential, z)
-            target = BatchedPotential(potential, PROBES, 128, record=False)
-            if kernel == "smc":
-                return lambda z, edge: frozen_step("smc", target, z, edge, next(seeds), length=6.0)
-
-            def move(z: Tensor, edge: int) -> Tensor:
-                ensemble, one = Ensemble(target, len(z), ALONE), torch.ones_like(z[:, 0])
-                phase = ensemble.evaluate(z, one)
-                numbers = torch.randn_like(z), torch.rand_like(one).log()
-                return ensemble.transition(phase, Metric(METRIC), 1.8 * one, 3, *numbers).phase.z
-
-            return move
-
-        def simulate(weights: Tensor) -> Tensor:
-            return cls(mdp, linear_reward(FEATURES, weights).unsqueeze(-3), lengths=lengths).sample()
-
-        def start(n: int) -> exact.State:
-            weights = 1.5 * torch.randn(n, 2)
-            return weights, simulate(weights)
-
-        def all_at_once(demos: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-            """The transition of studies of calibration: data sets side by side."""
-            potentials = [Potential(model, (one,)) for one in demos]
-            size, width = len(demos), 16 * len(demos)
-            target = ReplicatedPotential(potentials, model, {"demos": demos}, PROBES, width, record=False)
-            metric = _Metrics(METRIC.expand(size, 2, 2))
-
-            def move(weights: Tensor, which: Tensor) -> Tensor:
-                # Rows are c R + r; those of data sets with fewer chains than others are filled up, and thrown away.
-                order = [(which == r).nonzero().flatten() for r in range(size)]
-                most = max(len(rows) for rows in order)
-                table = weights.new_zeros(most, size, 2)
-                for r, rows in enumerate(order):
-                    table[: len(rows), r] = weights[rows]
-                z = table.reshape(-1, 2)
-                ensemble, one = Ensemble(target, len(z), ALONE), torch.ones_like(z[:, 0])
-                numbers = torch.randn_like(z), torch.rand_like(one).log()
-                table = ensemble.transition(ensemble.evaluate(z, one), metric, 1.8 * one, 3, *numbers).phase.z
-                moved, table = weights.clone(), table.reshape(most, size, 2)
-                for r, rows in enumerate(order):
-                    moved[rows] = table[: len(rows), r]
-                return moved
-
-            return move
-
-        together: list[tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = []
-
-        def move_weights(state: exact.State, edge: int) -> exact.State:
-            weights, demos = state
-            moved, codes = weights.clone(), code(demos)
-            if kernel == "many":
-                if not together:
-                    known, first = codes.unique(return_inverse=True)
-                    rows = torch.stack([(first == r).nonzero()[0, 0] for r in range(len(known))])
-                    together.append((known, all_at_once(demos[rows])))
-                known, move = together[0]
-                which = torch.searchsorted(known, codes)
-                assert int(which.max()) < len(known) and torch.equal(known[which], codes)
-                return move(weights, which), demos
-            for value in codes.unique().tolist():
-                rows = codes == value
-                if value not in engines:
-                    engines[value] = engine(demos[rows][0])
-                moved[rows] = engines[value](weights[rows], edge)
-            return moved, demos
+        law = Joint(cls, episodes)
+        move = side_by_side(law) if kernel == "many" else one_by_one(law, kernel)
 
         def forwards(state: exact.State, edge: int) -> exact.State:
-            weights, _ = move_weights(state, edge)
-            return weights, simulate(weights)
+            weights = move(*state, edge)
+            return weights, law.simulate(weights)
 
         def backwards(state: exact.State, edge: int) -> exact.State:
-            weights, _ = state
-            return move_weights((weights, simulate(weights)), edge)
+            demos = law.simulate(state[0])
+            return move(state[0], demos, edge), demos
 
         def statistics(state: exact.State) -> Tensor:
             weights, demos = state
             actions, ends = demos[:, :, 0, 1].sum(1), demos[:, :, 1, 0].sum(1)
             return torch.stack([*weights.T, (weights**2).sum(1), weights[:, 0] * actions, weights[:, 1] * ends])
 
-        exact.require_uniform(lambda size: exact.ranks(start, forwards, backwards, statistics, size, 3), count, 3)
+        exact.require_uniform(lambda size: exact.ranks(law.start, forwards, backwards, statistics, size, 3), count, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
@@ -275,8 +285,8 @@ KERNELS: dict[str, Callable[[], None]] = {
     "smc at the prior": lambda: many_chains("smc", 0.0001),
     "smc between": lambda: many_chains("smc", 0.4),
     "nuts": no_u_turn,
-    "chees, trajectory reading": lambda: joint(MaxEntTrajectory),
-    "chees, causal reading": lambda: joint(MaxCausalEntTrajectory),
+    "chees, trajectory reading": lambda: joint(MaxEntTrajectory, "chees"),
+    "chees, causal reading": lambda: joint(MaxCausalEntTrajectory, "chees"),
     "smc, trajectory reading": lambda: joint(MaxEntTrajectory, "smc"),
     "many data sets, causal reading": lambda: joint(MaxCausalEntTrajectory, "many"),
     "nuts, trajectory reading": lambda: joint(MaxEntTrajectory, "nuts", 1, 200),
