@@ -56,7 +56,12 @@ class FeatureReward:
         self.features, self.weights = features, weights
 
     def __call__(self, states: Tensor, actions: Tensor) -> Tensor:
-        return self.fitting(checked_features(self.features, states, actions)) @ self.weights
+        """r ``[*batch, ...]`` of states ``[..., ds]`` and actions ``[..., da]``."""
+        found = self.fitting(checked_features(self.features, states, actions))
+        if self.weights.dim() == 1:
+            return found @ self.weights
+        flat = self.weights.reshape(-1, self.weights.shape[-1]) @ found.reshape(-1, found.shape[-1]).mT
+        return flat.reshape(*self.weights.shape[:-1], *found.shape[:-1])
 
     def fitting(self, features: Float[Tensor, "*n K"]) -> Float[Tensor, "*n K"]:
         """Features, or sums of them, if there are as many as weights.

@@ -87,6 +87,11 @@ def require_finite_simulator(simulator: Any) -> None:
     check_counts(1, horizon=simulator.horizon)
     if not isinstance(prior, Tensor) or prior.dim() != 2 or not prior.is_floating_point() or prior.isnan().any():
         raise OptionError(f"{protocol}: log_prior is {form(prior)}; expected log p(a|s), a floating tensor [S, A]")
+    if bool((prior > 1e-6).any()):
+        raise OptionError(
+            f"{protocol}: log_prior is up to {float(prior.max()):.4g}; log p(a|s) is at most 0: give the logarithm of "
+            "probabilities, or zeros for the counting measure"
+        )
     if not isinstance(terminal, Tensor) or terminal.shape != prior.shape[:1] or terminal.dtype != torch.bool:
         raise OptionError(f"{protocol}: terminal is {form(terminal)}; expected a mask, a bool tensor [{len(prior)}]")
     if not isinstance(discount, (int, float)) or not 0 <= discount <= 1:

@@ -17,10 +17,11 @@ from models import linear_gaussian as puck
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
 from pirl.baselines.guided_cost import _climb, _likelihood
-from pirl.baselines.worlds import Sums, _check_kinds, make_world
+from pirl.baselines.worlds import FiniteWorld, Sums, World, _check_kinds, make_world
 from pirl.convergence import ess_bulk
+from pirl.datasets import simulate
 from pirl.envs import gridworld, gridworld_features
-from pirl.errors import InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
+from pirl.errors import ConvergenceWarning, InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
 from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.simulators import TabularSimulator, base_policy, roll_out
@@ -28,13 +29,16 @@ from tests.exchange import exchange
 
 STEPS = 8
 QUICK = {"num_samples": 20, "num_starts": 1}
+SHORT: dict[str, Any] = {"engine": "laplace", "num_samples": 200, "num_prior": 0, "num_posterior_predictive": 0}
+TRUTH = torch.tensor([1.0, -0.8, 0.4], dtype=torch.float64)
 
 
 def problem(slip: float, num: int = 200, num_features: int = 3) -> tuple[pirl.TabularMDP, Tensor, pirl.Trajectories]:
     mdp = gridworld(4, 4, slip=slip, horizon=STEPS, initial=(1, 1))
     features = gridworld_features(4, 4, num_features)
-    truth = torch.tensor([1.0, -0.8, 0.4], dtype=torch.float64)[:num_features]
-    law = pirl.MaxEntTrajectory(mdp, pirl.linear_reward(features, truth), lengths=torch.full((num,), STEPS))
+    law = pirl.MaxEntTrajectory(
+        mdp, pirl.linear_reward(features, TRUTH[:num_features]), lengths=torch.full((num,), STEPS)
+    )
     seen = law.sample()
     return mdp, features, pirl.Trajectories(seen[..., 0], seen[:, :-1, 1])
 
@@ -170,8 +174,10 @@ def test_a_reward_step_ends_where_samples_end() -> None:
     for least in (0.5, 0.05):
         found, free = _climb(lambda x: _likelihood(sums, x, 0.0), start, 1, sums, least)
         share = (made @ found).softmax(0)
+        # By the samples' own weights, and as the demonstrations see it: 500 Z-hat over the mean weight of theirs.
         ess = float(1 / share.square().sum()) / 500
-        assert not free and least <= ess < 1.1 * least
+        seen = float((made @ found).exp().mean() / (far @ found).exp().mean())
+        assert not free and least <= min(ess, seen) < 1.1 * least
     assert _climb(lambda x: _likelihood(sums._replace(demos=0.2 + 0 * far), x, 0.0), start, 1, sums, 0.05)[1]
 
 
@@ -212,17 +218,24 @@ def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor
 
 
 def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
-    """By N times the square of how far log ESS is below that of 5% of the pool, and nothing above it."""
+    """By N times the square of how far log ESS is below that of 5% of the pool, and nothing above it.
+
+    Of two: by the samples' own weights, and by those of the demonstrations.
+    """
     mdp, features, demos = problem(0.1, num=7)
     base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
     pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 400, generator), base, base)
     near = guided_posterior._near_samples(model)
-    lacks = []
+    lacks, fewer = [], []
     for size in (0.0, 1.0, 20.0):
         weights = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
-        weight = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights)).log_weights
+        law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights))
+        weight = law.log_weights
         share = (weight - weight.max()).exp()
-        lacks.append(max(0.0, math.log(0.05 * 400) - math.log(float(share.sum() ** 2 / share.square().sum()))))
+        theirs = (law.log_prob(demos.as_tensor()) + pool.ratio_of(demos.states, demos.actions, demos.lengths)).exp()
+        own, seen = float(share.sum() ** 2 / share.square().sum()), 400 / float(theirs.mean())
+        fewer.append(seen < own)
+        lacks.append(max(0.0, math.log(0.05 * 400) - math.log(min(own, seen))))
         at = {"weights": weights}
         plain, bounded = (
             float(pyro.poutine.trace(pyro.poutine.condition(x, at)).get_trace(demos, pool, features).log_prob_sum())
@@ -230,7 +243,7 @@ def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
         )
         # Sums of a few hundred terms in float64.
         assert bounded - plain == pytest.approx(-7 * lacks[-1] ** 2, rel=1e-12, abs=1e-12 * abs(plain))
-    assert lacks[0] == 0 and lacks[-1] > 1
+    assert lacks[0] == 0 and lacks[-1] > 1 and any(fewer)
 
 
 @pytest.mark.parametrize(("share", "rounds"), [(1.0, 3), (2.0, 2)])
@@ -349,17 +362,120 @@ def test_bad_input_is_named() -> None:
     narrow = pirl.TabularMDP(mdp.transition, mdp.initial, discount=1.0, horizon=STEPS, available=masked)
     with pytest.raises(PartitionError, match="demonstration 0 has probability 0"):
         guided_cost(demos, TabularSimulator(narrow), features)
-    with pytest.raises(PartitionError, match="run away"):
-        guided_cost(demos, TabularSimulator(mdp), features, num_rollouts=3)
 
 
 @pytest.mark.parametrize(("seed", "num", "slip"), [(22, 20, 0.0), (31, 200, 0.1)])
-def test_weights_that_cancel_in_every_return_run_away_too(seed: int, num: int, slip: float) -> None:
-    # So large that rounding leaves policies whose probabilities do not sum to 1, though no return is large.
+def test_weights_stay_where_demonstrations_say_that_samples_are(
+    seed: int, num: int, slip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what they say, weights that cancel in every return grow until rounding leaves policies that are none."""
     pyro.set_rng_seed(seed)
     mdp, _, demos = problem(slip, num=num)
+    few: dict[str, Any] = {"num_rounds": 6, "num_rollouts": 8, "seed": seed}
+    found = guided_cost(demos, TabularSimulator(mdp), gridworld_features(4, 4, 8), **few)
+    assert not found.attrs["converged"] and float(found.parameters["weights"].abs().max()) < 10
+    monkeypatch.setattr(Sums, "ess_of_demos", lambda self, weights: torch.tensor(torch.inf, dtype=torch.float64))
+    monkeypatch.setattr(World, "imitate", lambda self, num_rollouts: None)
+    monkeypatch.setattr(FiniteWorld, "imitate", lambda self, num_rollouts: None)
     with pytest.raises(PartitionError, match="the weights run away .* give more roll-outs, or l2"):
-        guided_cost(demos, TabularSimulator(mdp), gridworld_features(4, 4, 8), num_rounds=6, num_rollouts=8, seed=seed)
+        guided_cost(demos, TabularSimulator(mdp), gridworld_features(4, 4, 8), **few)
+
+
+def corridor() -> tuple[pirl.TabularMDP, Tensor, pirl.Trajectories]:
+    """Fourteen places in a row, reward at the far end, which one in 8,192 of the base policy's episodes reaches."""
+    table = torch.zeros(14, 2, 14, dtype=torch.float64)
+    for place in range(14):
+        table[place, 0, max(place - 1, 0)] = table[place, 1, min(place + 1, 13)] = 1.0
+    mdp = pirl.TabularMDP(table, initial=0, horizon=14)
+    features = torch.zeros(14, 1, dtype=torch.float64)
+    features[13] = 1.0
+    return mdp, features, simulate(mdp, 12.0 * features, 10, 14, reading="trajectory")
+
+
+def test_a_pool_that_never_goes_where_demonstrations_go_is_not_trusted() -> None:
+    """Its weights are all equal: that no sample has the feature, only the demonstrations tell."""
+    mdp, features, demos = corridor()
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(1)
+    played = roll_out(TabularSimulator(mdp), base, 2000, generator)
+    assert not bool((played.states[:, :-1] == 13).any()) and bool((demos.states[:, :-1] == 13).any())
+    pool = pirl.Pool.of(played, base, base)
+    with pytest.warns(ConvergenceWarning, match="log Z is not known well enough: 0 effective samples"):
+        posterior = pirl.fit(model, demos, pool, features, **SHORT)
+    assert posterior.attrs["partition_trusted"] == 0 and posterior.attrs["partition_ess"] < 1
+
+
+def test_what_the_base_policy_never_reaches_is_learned_by_imitation_first() -> None:
+    mdp, features, demos = corridor()
+    found = bayesian_guided_cost(model, demos, TabularSimulator(mdp), features, progress=False, **SHORT)
+    exact = pirl.fit(exact_model, demos, mdp, features, **SHORT)
+    a, b = (x.posterior["weights"].values.ravel() for x in (found.posterior, exact))
+    assert found.posterior.attrs["partition_trusted"] == 1
+    # 200 draws each, .07 sd of error apiece; and log Z moves the mean by .1 sd.
+    assert abs(a.mean() - b.mean()) < 0.4 * b.std() and 0.7 < a.std() / b.std() < 1.4
+    best = guided_cost(demos, TabularSimulator(mdp), features, l2=1.0)
+    assert best.attrs["log_partition"] == pytest.approx(
+        float(pirl.log_partition(mdp, pirl.linear_reward(features, best.parameters["weights"]))), abs=0.1
+    )
+
+
+def test_effective_samples_as_the_demonstrations_see_them() -> None:
+    """With demonstrations from p(tau | O) both counts are of the same N / (1 + CV^2)."""
+    mdp, features, demos = problem(0.1, num=4000)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 20_000, generator), base, base)
+    law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, TRUTH))
+    odds = law.log_prob(demos.as_tensor()) + pool.ratio_of(demos.states, demos.actions, demos.lengths)
+    weight = odds.exp()
+    # Of the mean weight of demonstrations, and as much of the samples' mean square.
+    error = 4 * math.sqrt(2) * float(weight.std() / weight.mean()) / math.sqrt(4000)
+    assert float(pool.ess_of(odds)) == pytest.approx(float(pool.judge(law.log_weights).ess), rel=error)
+    assert error < 0.3
+
+
+def test_demonstrations_without_a_plate_count_each() -> None:
+    mdp, features, demos = problem(0.1, num=40)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 2000, generator), base, base)
+
+    def plain(demos: pirl.Trajectories, pool: pirl.Pool, features: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights))
+        pyro.sample("trajectories", law, obs=demos.as_tensor())
+
+    with pytest.warns(ConvergenceWarning, match="for 40 demonstrations"):
+        posterior = pirl.fit(plain, demos, pool, features, **SHORT)
+    assert posterior.attrs["partition_demonstrations"] == 40
+
+
+@pytest.mark.parametrize(("wrong", "refused"), [(12, True), (1, False)])
+def test_demonstrations_that_start_where_no_sample_does(wrong: int, refused: bool) -> None:
+    mdp, features, demos = problem(0.1, num=12)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    played = roll_out(TabularSimulator(mdp), base, 1000, generator)
+    (start,) = played.states[:, 0].unique().tolist()
+    pool, states = pirl.Pool.of(played, base, base), demos.states.clone()
+    states[:wrong, 0] = (start + 1) % 16
+    law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, TRUTH))
+    elsewhere = pirl.Trajectories(states, demos.actions).as_tensor()
+    told = f"{wrong} of 12 demonstrations .the first is 0. start in {(start + 1) % 16}, where none of 1000 samples does"
+    with pytest.raises(PartitionError, match=told) if refused else pytest.warns(ConvergenceWarning, match=told):
+        law.log_prob(elsewhere)
+
+
+def test_rare_starts_are_no_reason_to_refuse() -> None:
+    """Starts spread over more places than there are samples: that a demonstration's is not among them says nothing."""
+    size = 2000
+    stay = pirl.TabularMDP(
+        torch.eye(size, dtype=torch.float64).reshape(size, 1, size),
+        torch.full((size,), 1 / size, dtype=torch.float64),
+        horizon=2,
+    )
+    base = base_policy(stay)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(stay), base, 500, torch.Generator().manual_seed(0)), base, base)
+    demos = roll_out(TabularSimulator(stay), base, 20, torch.Generator().manual_seed(1)).trajectories()
+    assert not bool(torch.isin(demos.states[:, 0], pool.states[:, 0]).all())
+    law = pirl.SampledMaxEntTrajectory(pool, torch.zeros(size, 1).double())
+    assert law.log_prob(demos.as_tensor()).abs().max() < 1e-12
 
 
 def test_a_discount_is_refused() -> None:

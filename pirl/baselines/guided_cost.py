@@ -73,7 +73,8 @@ def guided_cost(
         simulator: :class:`pirl.simulators.TabularSimulator`, another finite one, or one of vectors.
         features: ``[S, K]`` or ``[S, A, K]``; of vectors a function (:class:`pirl.FeatureReward`).
         num_rounds: at most; ends before when weights move by less than ``tolerance`` and the pool is good enough.
-        num_rollouts: that each round adds to the pool; as many teach the policy.
+        num_rollouts: that each round adds to the pool, and of the base policy and a policy cloned from numbered
+            demonstrations before the first; as many teach the policy.
         least_ess: share of the pool.
         l2: penalty ``l2 / 2 |weights|^2`` on the log-likelihood of all demonstrations.
         explore: share of the base measure among the decisions that teach the policy.
@@ -125,7 +126,8 @@ def sample_gradient(
     """The lower rungs: gradient ascent with a newly trained policy's samples, or with importance weights on all.
 
     With fresh samples (``reuse=False``) nothing is weighed: the gradient is that of feature matching by the soft
-    policy, which is the trajectory reading's where dynamics are deterministic, and the dual's elsewhere. With
+    policy, which is the trajectory reading's where the start is given and nothing is left to chance, and the dual's
+    elsewhere. With
     ``reuse=True`` the weights correct for both earlier policies and chance.
 
     Args:
@@ -195,6 +197,7 @@ def _alternate(
     # Under chance p(a_t | s_t, O), with luck in its values, covers p(tau | O) better than the causal policy does.
     world = make_world(demos, simulator, features, seed, explore, "trajectory", base, learner)
     newest = world.begin(num_rollouts)
+    world.imitate(num_rollouts)
     num_features = world.sums().pool.shape[-1]
     parameters = world.sums().pool.new_zeros(num_features + extra)
     history: dict[str, list[float]] = {key: [] for key in HISTORY}
@@ -249,7 +252,8 @@ def _climb(
 
     def size(x: Tensor) -> float:
         share = (sums.pool @ x[:num_features] + sums.log_ratio).softmax(0)
-        return float(1 / share.square().sum()) / len(share)
+        seen = torch.minimum(1 / share.square().sum(), sums.ess_of_demos(x[:num_features]))
+        return float(seen) / len(share)
 
     floor = min(least_ess, size(start))
     for _ in range(_MOST_STEPS):

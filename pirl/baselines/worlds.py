@@ -15,10 +15,12 @@ from pirl.errors import InvalidRewardError, OptionError, check_counts, check_num
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, tilt
+from pirl.partition import PartitionEstimate, log_mean_exp
 from pirl.pool import Features, Pool, check_explained, checked_features
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
+from pirl.simulators.finite import cloned_policy
 from pirl.simulators.protocols import check_demonstrations, check_simulator, require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
 from pirl.soft_values import Reading
@@ -36,6 +38,12 @@ class Sums(NamedTuple):
     """log p - log q of the pool's samples."""
     demos_log_ratio: Float[Tensor, " N"]
     """The same of the demonstrations, whose actions the policies of the pool might have taken."""
+
+    def ess_of_demos(self, weights: Tensor) -> Tensor:
+        """Effective samples as the demonstrations see them (:meth:`pirl.Pool.ess_of`), of samples worth one each."""
+        log_partition = log_mean_exp(self.pool @ weights + self.log_ratio)
+        odds = log_mean_exp(self.demos @ weights + self.demos_log_ratio)
+        return len(self.pool) * (log_partition - odds).exp()
 
 
 class World:
@@ -69,6 +77,9 @@ class World:
         check_explained(self.pool, self.demos)
         return slice(0, num_rollouts)
 
+    def imitate(self, num_rollouts: int) -> None:
+        """Add roll-outs of a policy cloned from the demonstrations, where a table of counts is one."""
+
     def extend(self, policy: Policy, num_rollouts: int) -> slice:
         """Add roll-outs of a policy to the pool; where they are."""
         rollouts = roll_out(self.simulator, policy, num_rollouts, self.generator)
@@ -98,17 +109,22 @@ class World:
         sums = self.sums()
         origin = int(self.pool.origin[newest][0])
         own = sums.pool[newest] @ weights + self.pool.log_base[newest] - self.pool.log_densities[origin, newest]
-        ess = float(self.pool.judge(sums.pool @ weights + sums.log_ratio).ess)
+        ess = float(self._judged(sums, weights).ess)
         numbers = (value, ess, float(own.std()), change, float(self.steps))
         for key, number in zip(HISTORY, numbers, strict=True):
             history[key].append(number)
+
+    def _judged(self, sums: Sums, weights: Tensor) -> PartitionEstimate:
+        """log Z-hat, and how well it is known by samples and by demonstrations."""
+        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
+        return found._replace(ess=torch.minimum(found.ess, sums.ess_of_demos(weights) * self.pool.efficiency))
 
     def estimate(
         self, name: str, weights: Tensor, history: dict[str, list[float]], began: float, attrs: dict[str, Any]
     ) -> PointEstimate:
         """What was found, with how well log Z is known there."""
         sums = self.sums()
-        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
+        found = self._judged(sums, weights)
         told = {
             "reading": "trajectory",
             **attrs,
@@ -164,6 +180,9 @@ class FiniteWorld(World):
         policy = self.learner.update(self.reward(weights), num_rollouts, self.generator)
         self.steps += policy.history[-1].steps
         return policy
+
+    def imitate(self, num_rollouts: int) -> None:
+        self.extend(cloned_policy(self.simulator.log_prior, self.demos.states, self.demos.actions), num_rollouts)
 
     def features_of(self, table: Tensor | None) -> Tensor:
         flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)

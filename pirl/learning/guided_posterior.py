@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
+from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, form
 from pirl.fit import check_options, fit
@@ -27,8 +28,10 @@ from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool, check_explained
 from pirl.posterior import prior_rewards, sampled_rewards
+from pirl.posterior.from_samples import log_odds, num_observed
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
+from pirl.simulators.finite import cloned_policy
 from pirl.simulators.protocols import Generator, check_demonstrations, check_simulator, require_undiscounted
 from pirl.soft_q_learning import FiniteSimulator, SoftQLearner, require_finite_simulator
 from pirl.trajectories import Trajectories
@@ -100,8 +103,10 @@ def bayesian_guided_cost(
 ) -> GuidedPosterior:
     """Infer the posterior of ``model(demos, pool, *args)`` while the pool grows to where the posterior is.
 
-    Each round fits the model with a fast approximation, trains policies for some of its draws, and adds their
-    roll-outs. When the gates hold over the posterior's draws, ``engine`` samples it with the pool as it is.
+    The pool begins with roll-outs of the base policy and, in a finite space, of a policy cloned from the
+    demonstrations. Each round fits the model with a fast approximation, trains policies for some of its draws, and adds
+    their roll-outs. When the gates hold over the posterior's draws (100 effective samples for each demonstration, as
+    the weights of samples and as those of demonstrations tell it), ``engine`` samples it with the pool as it is.
 
     Demonstrations that start in different given states have a log Z each: give lists of demonstrations and of
     simulators, one for each start. The model then gets lists of demonstrations and of pools.
@@ -219,6 +224,7 @@ def guided_pool(
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
         check_explained(pool, group)
+    pools = [_with_imitation(*each, num_rollouts, generator) for each in zip(pools, simulators, watched, strict=True)]
     quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
     history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted")}
     near = _near_samples(model)
@@ -263,6 +269,17 @@ def guided_pool(
     return GuidedPool(pools if several else pools[0], history)
 
 
+def _with_imitation(pool: Pool, simulator: Any, demos: Any, num_rollouts: int, generator: Generator) -> Pool:
+    """A pool with roll-outs of a policy cloned from the demonstrations, where a table of counts is one.
+
+    Policies for draws of the prior may never come where demonstrations go, and what no sample shows is not learned.
+    """
+    if not isinstance(simulator, FiniteSimulator):
+        return pool
+    cloned = cloned_policy(simulator.log_prior, demos.states, demos.actions)
+    return pool.add(roll_out(simulator, cloned, num_rollouts, generator), cloned)
+
+
 def _guide(
     model: Callable[..., Any], given: tuple[Any, ...], engine: str, seed: int, options: Mapping[str, Any]
 ) -> xarray.DataTree:
@@ -304,10 +321,11 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(*args: Any) -> None:
         with _Laws() as laws:
             model(*args)
-        for name, law in laws.found.items():
+        for name, (law, seen) in laws.found.items():
             ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
+            ess = torch.minimum(ess, law.pool.ess_of(log_odds(law, seen).reshape(-1)).log())
             lacking = (math.log(_LEAST_SHARE * len(law.pool)) - ess).clamp_min(0.0)
-            count = max(law.batch_shape.numel(), 1)
+            count = num_observed(law, seen)
             pyro.factor(f"{name}_near_samples", -count * lacking.square().sum())
 
     return bounded
@@ -318,14 +336,14 @@ class _Laws(Messenger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = dict[str, SampledMaxEntTrajectory]()
+        self.found = dict[str, tuple[SampledMaxEntTrajectory, Tensor]]()
 
     def _postprocess_message(self, message: Any) -> None:
         law = message.get("fn")
         while not isinstance(law, SampledMaxEntTrajectory) and hasattr(law, "base_dist"):
             law = law.base_dist
-        if message["type"] == "sample" and isinstance(law, SampledMaxEntTrajectory):
-            self.found[message["name"]] = law
+        if message["type"] == "sample" and message["is_observed"] and isinstance(law, SampledMaxEntTrajectory):
+            self.found[message["name"]] = law, message["value"]
 
 
 def _policy_step(simulator: Any, base: Policy, num_rollouts: int) -> PolicyStep:

@@ -248,7 +248,8 @@ def multilevel(
             f"only below {MULTILEVEL_K}: improve the proposal, or use plain importance sampling"
         )
     error = replicates.detach().std(-1) / math.sqrt(num_replicates)
-    return PartitionEstimate(replicates.mean(-1), error, spread(everything)[0], khat, everything.shape[-1])
+    ess = torch.minimum(spread(everything)[0], 1 / error.square())  # not more than replicates show that they are worth
+    return PartitionEstimate(replicates.mean(-1), error, ess, khat, everything.shape[-1])
 
 
 def sandwich(

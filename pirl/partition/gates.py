@@ -24,7 +24,8 @@ class PartitionEstimate(NamedTuple):
         log_partition: log Z-hat, in nats.
         standard_error: its first-order standard error, CV / sqrt(N) (the bias is about minus half its square); NaN of a
             single sample or run.
-        ess: effective number of samples, (sum w)^2 / sum w^2; of sequential Monte Carlo at most 1 / standard_error^2.
+        ess: effective number of samples, (sum w)^2 / sum w^2; of sequential Monte Carlo and of the multilevel
+            estimator at most 1 / standard_error^2, and NaN where that is.
         pareto_k: tail index of the weights (Vehtari et al. 2024); -inf for constant weights, NaN for too few of them.
         num_samples: N.
 
@@ -43,6 +44,9 @@ class PartitionEstimate(NamedTuple):
 
 def pareto_k(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
     """Tail index of the weights (ArviZ's Pareto smoothing): -inf for constant ones, NaN for fewer than 25.
+
+    Where the largest weights are a few values, many times each, as of returns that are whole multiples of something,
+    the fit sees no tail, and a small value tells nothing: there the effective sample size is the only guard.
 
     Example:
         >>> pareto_k(torch.zeros(100))
@@ -106,7 +110,7 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
     check_numbers(0.0, 1.0, share=share)
     ess, khat = estimate.ess.detach().flatten(), estimate.pareto_k.detach().flatten()
     need, most = ESS_PER_DEMONSTRATION * num_demonstrations, trusted_k(estimate.num_samples)
-    low = float(ess.quantile(1 - share))
+    low = float(ess.nan_to_num(nan=0.0).quantile(1 - share))  # what is not known counts as nothing
     high = float(khat.nan_to_num(nan=1.0, neginf=-10.0).quantile(share))
     found = []
     if low < need:

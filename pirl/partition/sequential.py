@@ -88,8 +88,9 @@ def smc(
     through = (weight * runs.returns).sum()
     _, relative = spread(runs.log_partition)
     error = relative / math.sqrt(num_runs)
-    # Particles that share ancestors are fewer than their weights say: not more than the spread of the runs shows.
-    ess = torch.fmin(1 / weight.square().sum(), 1 / error.square())
+    # Particles that share ancestors are fewer than their weights say: not more than the spread of the runs shows, and
+    # of a single run, without a spread, nobody knows how many (NaN).
+    ess = torch.minimum(1 / weight.square().sum(), 1 / error.square())
     return PartitionEstimate(
         log_mean_exp(runs.log_partition) + (through - through.detach()),
         error,

@@ -1,6 +1,6 @@
 """Roll-outs of several policies, weighed together, and what may be asked of them."""
 
-from pirl.pool.demonstrations import check_explained, check_lengths, check_support, check_table
+from pirl.pool.demonstrations import check_explained, check_lengths, check_support, check_table, ratio_of_table
 from pirl.pool.samples import Features, Pool, checked_features, encode
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "check_table",
     "checked_features",
     "encode",
+    "ratio_of_table",
 ]

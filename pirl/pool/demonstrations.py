@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidTrajectoriesError, PartitionError
+from pirl.errors import ConvergenceWarning, HorizonError, InvalidTrajectoriesError, PartitionError
 from pirl.pool.samples import Pool, widened
 from pirl.simulators import log_density
 
@@ -52,8 +54,8 @@ def check_table(pool: Pool, table: Tensor, lengths: Tensor | None = None) -> Non
     Raises:
         InvalidTrajectoriesError: another shape than the samples', or a state or action that there is not.
         HorizonError: another length than the samples', or trajectories that were cut before their end.
-        PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability: of
-            these the samples say nothing, however good the estimate of log Z looks.
+        PartitionError: trajectories that the base measure, or every policy of the pool, gives no probability, or that
+            start where no sample does: of these the samples say nothing, however good the estimate of log Z looks.
     """
     pool._remember(("checked", id(lengths)), table, lambda: _check_table(pool, table, lengths), lengths)
 
@@ -101,16 +103,76 @@ def _check_table(pool: Pool, table: Tensor, lengths: Tensor | None) -> None:
             "ended by themselves, or roll out as long"
         )
 
-    size = pool.states.shape[-1]
-    flat = table.reshape(-1, *table.shape[-2:])
-    states, actions = (flat[..., 0], flat[:, :-1, 1]) if pool.tabular else (flat[..., :size], flat[:, :-1, size:])
-    if lengths is None:
-        lengths = torch.full((), steps, device=table.device)
-    if lengths.dim() and lengths.shape[-1] not in (1, *table.shape[-3:-2]):
+    if lengths is not None and lengths.dim() and lengths.shape[-1] not in (1, *table.shape[-3:-2]):
         raise InvalidTrajectoriesError(
             f"lengths {tuple(lengths.shape)} do not fit trajectories {tuple(table.shape)}: give one of each"
         )
-    check_support(pool, states, actions, lengths.expand(table.shape[:-2]).reshape(-1))
+    states, actions, lengths = _decoded(pool, table, lengths)
+    check_support(pool, states, actions, lengths)
+    check_starts(pool, states[:, 0])
+
+
+def ratio_of_table(pool: Pool, table: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "..."]:
+    """log p - log q of trajectories as a Pyro model observes them, under the mixture of all policies; computed once."""
+
+    def compute() -> Tensor:
+        return pool.ratio_of(*_decoded(pool, table, lengths)).reshape(table.shape[:-2])
+
+    return pool._remember(("ratio", id(lengths)), table, compute, lengths)
+
+
+def _decoded(pool: Pool, table: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """States, actions and lengths ``[N, ...]`` of a table ``[*batch, T + 1, D]``."""
+    size, flat = pool.states.shape[-1], table.reshape(-1, *table.shape[-2:])
+    if pool.tabular:
+        return flat[..., 0], flat[:, :-1, 1], (flat[..., 1] >= 0).sum(-1)
+    if lengths is None:
+        lengths = torch.full((), table.shape[-2] - 1, device=table.device)
+    return flat[..., :size], flat[:, :-1, size:], lengths.expand(table.shape[:-2]).reshape(-1)
+
+
+_IMPOSSIBLE, _UNLIKELY = 1e-3, 0.05
+"""Chances below which starts that no sample has are refused, or warned of."""
+
+
+def check_starts(pool: Pool, starts: Tensor) -> None:
+    """Refuse demonstrations that start where no sample starts, unless that may be by chance.
+
+    If both came from one law, which of all N + M starts are the demonstrations' would be by chance: all c trajectories
+    that start in a state are demonstrations with probability (M)_c / (N + M)_c. The smallest of these is the statistic,
+    and the sum of all that are as small bounds its p-value.
+
+    Raises:
+        PartitionError: names the start.
+    """
+    rows = torch.cat([pool.states[:, 0], starts]).reshape(len(pool) + len(starts), -1).cpu()
+    _, place = rows.unique(dim=0, return_inverse=True)
+    number, size = len(starts), len(rows)
+    counts = place.bincount()
+    count = counts.double()
+    log_chance = (
+        torch.lgamma(torch.tensor(number + 1.0, dtype=torch.float64)) - torch.lgamma((number - count + 1).clamp_min(1))
+        - torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) + torch.lgamma(size - count + 1)
+    )  # fmt: skip
+    chance = torch.where(counts <= number, log_chance, -torch.inf).exp()
+    unseen = place[: len(pool)].bincount(minlength=len(counts)) == 0
+    if not bool(unseen.any()):
+        return
+    least = chance[unseen].amin()
+    total = float(chance[chance <= least].sum())
+    if total >= _UNLIKELY:
+        return
+    state = int((unseen & (chance == least)).nonzero()[0])
+    episode = int((place[len(pool) :] == state).nonzero()[0])
+    start = starts[episode].tolist()
+    told = (
+        f"{int(counts[state])} of {number} demonstrations (the first is {episode}) start in {start}, where none of "
+        f"{len(pool)} samples does: log Z is of the simulator's starts; give simulators of the demonstrations' starts, "
+        "one for each group, or more roll-outs"
+    )
+    if total < _IMPOSSIBLE:
+        raise PartitionError(told)
+    warnings.warn(told, ConvergenceWarning, stacklevel=2)
 
 
 def _check_range(pool: Pool, table: Tensor) -> None:

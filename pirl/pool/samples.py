@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from pirl.errors import (
     check_counts,
     form,
 )
-from pirl.partition import PartitionEstimate, importance, mixture_log_density, reconcile
+from pirl.partition import PartitionEstimate, importance, log_mean_exp, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
 from pirl.simulators.protocols import check_policy, require_undiscounted
 from pirl.simulators.rollouts import paying
@@ -242,6 +243,19 @@ class Pool:
         error = (found.standard_error.square() * found.ess / ess + of_constants).sqrt()
         return found._replace(ess=ess, standard_error=error)
 
+    def ess_of(self, log_odds: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch"]:
+        """Effective samples as the demonstrations see them: few where they are and the pool is not.
+
+        The weights of samples tell nothing of what no sample does. Those of demonstrations do: with
+        w = p(tau) exp(r) / q the mean of w over p(tau | O) is Z (1 + CV^2), where CV is that of w over q, so that
+        N Z-hat over the mean w of demonstrations is another estimate of N / (1 + CV^2).
+
+        Args:
+            log_odds: log p(tau | O) - log q(tau) of each demonstration: its log density under the model, and
+                :meth:`ratio_of`.
+        """
+        return (math.log(len(self)) - log_mean_exp(log_odds)).exp() * self.efficiency
+
     @property
     def table(self) -> Tensor:
         """The samples as a Pyro model observes trajectories: ``[J, T + 1, 2]``, or ``[J, T + 1, ds + da]``."""
@@ -299,7 +313,7 @@ class Pool:
         size = self.states.shape[-1]
         states, actions = table[..., :-1, :size], table[..., :-1, size:]
         time = torch.arange(states.shape[-2], device=table.device)
-        counted = time < (torch.tensor(len(time)) if lengths is None else lengths).unsqueeze(-1)
+        counted = time < (torch.tensor(len(time), device=table.device) if lengths is None else lengths).unsqueeze(-1)
         return states, actions, counted.expand(states.shape[:-1])
 
     def _remember(self, key: tuple[Any, ...], table: Tensor | None, compute: Callable[[], Any], *keep: Any) -> Any:

@@ -96,7 +96,7 @@ class Given(Messenger):
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values, self.laws = values, dict[str, TabularTrajectory]()
-        self.sampled = dict[str, SampledMaxEntTrajectory]()
+        self.sampled, self.seen = dict[str, SampledMaxEntTrajectory](), dict[str, Tensor]()
 
     def _process_message(self, message: Any) -> None:
         if message["type"] != "sample" or message["is_observed"]:
@@ -111,7 +111,7 @@ class Given(Messenger):
         if isinstance(fn, TabularTrajectory):
             self.laws[message["name"]] = fn
         elif isinstance(fn, SampledMaxEntTrajectory):
-            self.sampled[message["name"]] = fn
+            self.sampled[message["name"]], self.seen[message["name"]] = fn, message["value"]
         elif message["infer"].get("_deterministic") or message["is_observed"] or message["name"] in self.values:
             return
         elif type(fn).__name__ != "_Subsample":

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
 from pirl.partition import PartitionEstimate
-from pirl.pool import Pool
+from pirl.pool import Pool, ratio_of_table
 from pirl.posterior.draws import Given, default_dtype, law_of
 from pirl.sampled import SampledMaxEntTrajectory
 
@@ -126,14 +127,16 @@ def partition_quality(
     """
     count = len(next(iter(draws.values()))) if draws else 0
     index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long().tolist()
-    first = dict[str, SampledMaxEntTrajectory]()
+    first, seen = dict[str, SampledMaxEntTrajectory](), dict[str, Tensor]()
     weights: dict[str, list[Tensor]] = {}
+    odds: dict[str, list[Tensor]] = {}
     for number in index:
         with torch.no_grad(), Given({name: value[number] for name, value in draws.items()}) as given:
             model(*args, **kwargs)
-        first = first or given.sampled
+        first, seen = (first, seen) if first else (given.sampled, given.seen)
         for name, law in given.sampled.items():
             weights.setdefault(name, []).append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
+            odds.setdefault(name, []).append(log_odds(law, seen[name]).reshape(-1))
     if not first:
         return None
     sites: list[_Site] = []
@@ -141,9 +144,20 @@ def partition_quality(
         found = law.pool.judge(torch.stack(weights[name]))  # [draw, *batch]
         fields = (found.log_partition, found.standard_error, found.ess, found.pareto_k)
         value, error, ess, khat = (field.flatten(1) for field in fields)
-        estimate = PartitionEstimate(value, error, ess, khat, found.num_samples)
-        sites.append(_Site(law.pool, max(law.batch_shape.numel(), 1), estimate))
+        of_demos = law.pool.ess_of(torch.stack(odds[name])).unsqueeze(1)
+        estimate = PartitionEstimate(value, error, torch.minimum(ess, of_demos), khat, found.num_samples)
+        sites.append(_Site(law.pool, num_observed(law, seen[name]), estimate))
     return _together(sites)
+
+
+def log_odds(law: SampledMaxEntTrajectory, table: Tensor) -> Float[Tensor, "..."]:
+    """log p(tau | O) - log q(tau) of what a site observes: see :meth:`pirl.Pool.ess_of`."""
+    return law.log_prob(table) + ratio_of_table(law.pool, table, law.lengths)
+
+
+def num_observed(law: SampledMaxEntTrajectory, table: Tensor) -> int:
+    """How many trajectories a site observes, be they in a plate or not."""
+    return max(torch.broadcast_shapes(law.batch_shape, table.shape[:-2]).numel(), 1)
 
 
 class _Site(NamedTuple):
@@ -159,7 +173,8 @@ class _Site(NamedTuple):
 def _together(sites: list[_Site]) -> tuple[PartitionEstimate, int]:
     """One estimate for all sites ``[draw]``, and how many demonstrations share one error.
 
-    Errors of one pool move all that it explains together; those of several pools average out. Of a draw, the worst
+    Errors of one pool move all that it explains together; those of several pools average out in parameters that all
+    share, and do not in those of one pool's own: each has to be good enough for what it explains. Of a draw, the worst
     pool's tail counts.
     """
     of_pool: dict[int, int] = {}
@@ -170,9 +185,12 @@ def _together(sites: list[_Site]) -> tuple[PartitionEstimate, int]:
     inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64)
     for pool, explained, estimate in sites:
         inverse += explained * of_pool[id(pool)] * (1 / estimate.ess.double()).amax(1).cpu()
-    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0) for estimate in estimates], 1).amax(1)
+    khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0) for estimate in estimates], 1).amax(1)
     error = torch.cat([estimate.standard_error for estimate in estimates], 1).amax(1)
     value = torch.cat([estimate.log_partition for estimate in estimates], 1).mean(1)
-    ess = (squares / inverse).to(value)
+    ess, count = squares / inverse, math.ceil(squares / total)
+    for pool, _, estimate in sites:  # in units of what is asked for altogether
+        ess = torch.minimum(ess, estimate.ess.double().amin(1).cpu() * count / of_pool[id(pool)])
+    ess = ess.to(value)
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in estimates))
-    return whole, math.ceil(squares / total)
+    return whole, count

@@ -81,6 +81,24 @@ def base_policy(mdp: TabularMDP | TabularSimulator) -> TabularPolicy:
     return TabularPolicy(torch.log_softmax(mdp.log_prior, -1))
 
 
+def cloned_policy(
+    log_prior: Float[Tensor, "S A"], states: Int[Tensor, "num slots"], actions: Int[Tensor, "num T"]
+) -> TabularPolicy:
+    """Actions as often as they were demonstrated in each state, and the base measure as one decision more.
+
+    Example:
+        >>> from pirl.simulators.finite import cloned_policy
+        >>> cloned = cloned_policy(torch.zeros(16, 5).double(), walks.states, walks.actions)
+        >>> cloned.log_policy.exp().sum(-1).unique()
+        tensor([1.], dtype=torch.float64)
+    """
+    acting = actions >= 0
+    counts = torch.log_softmax(log_prior, -1).exp()
+    place = states[:, : actions.shape[1]][acting], actions[acting]
+    counts = counts.index_put(place, torch.ones_like(place[0], dtype=counts.dtype), accumulate=True)
+    return TabularPolicy((counts / counts.sum(-1, keepdim=True)).log())
+
+
 def log_base_measure(
     mdp: TabularMDP | TabularSimulator, states: Int[Tensor, "num slots"], actions: Int[Tensor, "num T"]
 ) -> Float[Tensor, " num"]:

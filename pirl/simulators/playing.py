@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -61,17 +62,15 @@ def roll_out(
         played = simulator.roll_out(policy, num, generator)
         return played._replace(discount=getattr(simulator, "discount", played.discount))
 
-    def is_terminal(states: Tensor) -> Tensor:
-        known = getattr(simulator, "is_terminal", None)
-        return torch.zeros(len(states), dtype=torch.bool, device=states.device) if known is None else known(states)
+    size = number_of_states(simulator)
 
     def first() -> tuple[Tensor, Tensor]:
-        states = checked_states(simulator.reset(num, generator), num)
-        return states, is_terminal(states)
+        states = checked_states(simulator.reset(num, generator), num, size=size)
+        return states, _checked_ends(simulator, states)
 
     def advance(episodes: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        following = checked_states(simulator.step(states, actions, generator), len(states), like=states)
-        return following, is_terminal(following)
+        following = checked_states(simulator.step(states, actions, generator), len(states), like=states, size=size)
+        return following, _checked_ends(simulator, following)
 
     played = play(first, advance, policy, simulator.horizon, generator)
     return played._replace(
@@ -170,18 +169,43 @@ def asked(when: str, call: Callable[[], Answer]) -> Answer:
         raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
 
 
-def checked_states(states: Any, num: int, like: Tensor | None = None) -> Tensor:
-    """The simulator's answer, looked at."""
+def number_of_states(simulator: object) -> int | None:
+    """S, where the simulator has a table of it."""
+    table = getattr(simulator, "log_prior", None)
+    return table.shape[0] if isinstance(table, Tensor) and table.dim() == 2 else None
+
+
+def _checked_ends(simulator: Any, states: Tensor) -> Tensor:
+    """Which states end an episode, looked at: none where the simulator does not tell."""
+    known, table = getattr(simulator, "is_terminal", None), known_ends(simulator, states)
+    if known is None:
+        none = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        return none if table is None else table[states]
+    ended = known(states)
+    if not isinstance(ended, Tensor) or ended.dtype != torch.bool or ended.shape != states.shape[:1]:
+        raise TypeError(f"is_terminal gave {form(ended)}; expected a bool tensor ({len(states)},)")
+    if table is not None and not torch.equal(ended, table[states]):
+        state = int(states[ended != table[states]][0])
+        raise ValueError(
+            f"is_terminal({state}) is {not bool(table[state])}, and terminal[{state}] {bool(table[state])}"
+        )
+    return ended
+
+
+def checked_states(states: Any, num: int, like: Tensor | None = None, size: int | None = None) -> Tensor:
+    """The simulator's answer, looked at; numbers are below ``size``."""
     if not isinstance(states, Tensor):
         raise TypeError(f"states must be a tensor, not {type(states).__name__}")
     event = states.shape[1:] if like is None else like.shape[1:]
     dtype = states.dtype if like is None else like.dtype
     if states.shape != (num, *event) or states.dtype != dtype:
         raise ValueError(f"states are {states.dtype} {tuple(states.shape)}; expected {dtype} {(num, *event)}")
-    bad = ~states.isfinite() if states.is_floating_point() else states < 0
+    vectors = states.is_floating_point()
+    bad = ~states.isfinite() if vectors else (states < 0) | (states >= (size or math.inf))
     if bool(bad.any()):
         episode = int(bad.nonzero()[0, 0])
-        raise ValueError(f"state {states[episode].tolist()} of episode {episode} is not finite, or below 0")
+        expected = "not finite" if vectors else f"out of range, of {size} states" if size else "below 0"
+        raise ValueError(f"state {states[episode].tolist()} of episode {episode} is {expected}")
     return states
 
 
