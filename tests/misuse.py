@@ -92,6 +92,12 @@ class Listed(Bare):
         return torch.zeros(len(states), dtype=torch.bool)
 
 
+class Plain(Listed):
+    """Probabilities where their logarithms belong."""
+
+    log_prior, terminal = simulator.log_prior.exp(), torch.zeros(9, dtype=torch.bool)  # type: ignore[assignment]
+
+
 class Answers:
     """A policy that answers whatever it was made with."""
 
@@ -182,6 +188,11 @@ def learners() -> dict[str, Case]:
                 lambda f=walk: f(walks, simulator=Bare()),
                 "OptionError",
                 "FiniteSimulator, and a Bare lacks discount, log_prior, terminal, is_terminal",
+            ),
+            "probabilities": (
+                lambda f=walk: f(walks, simulator=Plain()),
+                "OptionError",
+                "log_prior is up to 0.2; log p(a|s) is at most 0: give the logarithm",
             ),
             "terminal is a list": (
                 lambda f=walk: f(walks, simulator=Listed()),

@@ -23,7 +23,9 @@ from pirl.datasets import simulate
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import ConvergenceWarning, InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
 from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior
+from pirl.partition import PartitionEstimate, untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
+from pirl.posterior import from_samples
 from pirl.simulators import TabularSimulator, base_policy, roll_out
 from tests.exchange import exchange
 
@@ -445,6 +447,21 @@ def test_demonstrations_without_a_plate_count_each() -> None:
     with pytest.warns(ConvergenceWarning, match="for 40 demonstrations"):
         posterior = pirl.fit(plain, demos, pool, features, **SHORT)
     assert posterior.attrs["partition_demonstrations"] == 40
+
+
+def test_a_bad_pool_does_not_hide_behind_a_good_one() -> None:
+    """Ten demonstrations with 100 effective samples are not known, whatever a thousand others are."""
+
+    def site(pool: Any, explained: int, ess: float) -> from_samples._Site:
+        rows = torch.full((3, 1), ess)
+        estimate = PartitionEstimate(0 * rows, ess**-0.5 + 0 * rows, rows, 0 * rows, 10**6)
+        return from_samples._Site(pool, explained, estimate)
+
+    bad, good = site("a", 10, 100.0), site("b", 1000, 200_000.0)
+    assert untrusted(*from_samples._together([good])) is None
+    for sites in ([bad], [bad, good]):
+        assert untrusted(*from_samples._together(sites)) is not None
+    assert untrusted(*from_samples._together([site("a", 10, 1001.0), good])) is None
 
 
 @pytest.mark.parametrize(("wrong", "refused"), [(12, True), (1, False)])

@@ -243,6 +243,7 @@ def test_gates() -> None:
     assert trusted_k(100) == pytest.approx(0.5) and trusted_k(10**6) == 0.7
     assert untrusted(estimated([1_000.0] * 40, [0.3] * 30 + [0.9] * 10), 10) is not None  # the heavy ones tell
     assert untrusted(estimated([math.inf], [math.nan], 10), 1) is not None  # too few for a tail
+    assert untrusted(estimated([math.nan], [0.3]), 1) is not None  # nobody knows how many
 
 
 @pytest.mark.parametrize(
@@ -299,5 +300,6 @@ def test_particles_that_share_ancestors_are_not_counted_twice() -> None:
     found = smc(walk, num_steps=30, num_particles=50, num_runs=64)
     assert found.ess <= 1 / found.standard_error**2 * (1 + 1e-5)
     assert found.ess < 20  # their final weights alone say a hundred
-    assert smc(walk, num_steps=3, num_particles=50, num_runs=1).standard_error.isnan()
+    single = smc(walk, num_steps=3, num_particles=2000, num_runs=1)
+    assert single.standard_error.isnan() and "0 effective samples" in str(untrusted(single, 1))
     assert importance(torch.zeros(2, 1)).standard_error.isnan().all()

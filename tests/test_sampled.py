@@ -231,6 +231,12 @@ def test_features_functions_and_networks_agree() -> None:
     returns = (features_of(rollouts.states[:, :-1], rollouts.actions) @ weights).sum(-1)
     torch.testing.assert_close(by_features.log_partition, returns.logsumexp(0) - math.log(40), rtol=1e-12, atol=1e-12)
     assert by_features.sample().shape == (3, 6, 3)
+    # A batch of weights, called: as many rewards, each by its own.
+    several = torch.randn(3, 2, 3, dtype=torch.float64)
+    states, actions = rollouts.states[:, :-1], rollouts.actions
+    found = FeatureReward(features_of, several)(states, actions)
+    one_by_one = [FeatureReward(features_of, each)(states, actions) for each in several.flatten(0, 1)]
+    torch.testing.assert_close(found.flatten(0, 1), torch.stack(one_by_one), rtol=1e-12, atol=1e-12)
 
 
 def test_shorter_episodes_count_their_own_steps() -> None:

@@ -266,6 +266,46 @@ class Gauss:
         return density - torch.inf if step == 2 and self.fault == "impossible" else density
 
 
+@pytest.mark.parametrize(
+    ("ends", "terminal", "following", "complaint"),
+    [
+        (lambda states: False, None, 1, r"reset: TypeError: is_terminal gave a bool; expected a bool tensor \(4,\)"),
+        (lambda states: np.zeros(4, bool), None, 1, "reset: TypeError: is_terminal gave an ndarray"),
+        (lambda states: torch.zeros(4).long(), None, 1, "reset: TypeError: is_terminal gave a Tensor torch.int64"),
+        (
+            lambda states: states == 1,
+            [False] * 3,
+            1,
+            r"step 0: ValueError: is_terminal\(1\) is True, and",
+        ),
+        (None, [False] * 3, 3, "step 0: ValueError: state 3 of episode 0 is out of range, of 3 states"),
+    ],
+)
+def test_what_a_finite_simulator_says_of_ends_and_states_is_looked_at(
+    ends: Any, terminal: Any, following: int, complaint: str
+) -> None:
+    class Own:
+        horizon, log_prior = 2, torch.zeros(3, 1)
+
+        def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.zeros(num, dtype=torch.long)
+
+        def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return torch.full_like(states, following)
+
+    own: Any = Own()
+    if ends is not None:
+        own.is_terminal = ends
+    if terminal is not None:
+        own.terminal = torch.tensor(terminal)
+    with pytest.raises(SimulatorError, match=f"the simulator failed at {complaint}"):
+        roll_out(own, TabularPolicy(torch.zeros(3, 1)), 4, seeded())
+    # A mask by itself is enough.
+    del own.__dict__["is_terminal" if ends is not None else "terminal"]
+    own.terminal, Own.step = torch.tensor([False, True, False]), lambda self, s, a, g=None: s + 1  # type: ignore[assignment,method-assign,misc]
+    assert roll_out(own, TabularPolicy(torch.zeros(3, 1)), 4, seeded()).lengths.tolist() == [1] * 4
+
+
 def test_vector_states_and_actions_and_ends() -> None:
     rollouts = roll_out(Walk(), Gauss(), 5, seeded())
     assert rollouts.states.shape == (5, 7, 2) and rollouts.actions.shape == (5, 6, 2)

@@ -127,8 +127,7 @@ def sample_gradient(
 
     With fresh samples (``reuse=False``) nothing is weighed: the gradient is that of feature matching by the soft
     policy, which is the trajectory reading's where the start is given and nothing is left to chance, and the dual's
-    elsewhere. With
-    ``reuse=True`` the weights correct for both earlier policies and chance.
+    elsewhere. With ``reuse=True`` the weights correct for both earlier policies and chance.
 
     Args:
         rate: of the first step, on features scaled to unit variance under the base measure; it falls as

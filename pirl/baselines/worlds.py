@@ -117,7 +117,8 @@ class World:
     def _judged(self, sums: Sums, weights: Tensor) -> PartitionEstimate:
         """log Z-hat, and how well it is known by samples and by demonstrations."""
         found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
-        return found._replace(ess=torch.minimum(found.ess, sums.ess_of_demos(weights) * self.pool.efficiency))
+        odds = sums.demos @ weights + sums.demos_log_ratio - found.log_partition
+        return found._replace(ess=torch.minimum(found.ess, self.pool.ess_of(odds)))
 
     def estimate(
         self, name: str, weights: Tensor, history: dict[str, list[float]], began: float, attrs: dict[str, Any]
