@@ -325,7 +325,7 @@ def test_episodes_of_imitation_minari_and_pairs() -> None:
 
 @pytest.mark.parametrize("episode", [3, ([0, 1],), SimpleNamespace(obs=[0, 1]), ([0], [0], [0])])
 def test_what_is_no_episode_is_refused(episode: Any) -> None:
-    with pytest.raises(InvalidTrajectoriesError, match="episode 1 is a .*expected"):
+    with pytest.raises(InvalidTrajectoriesError, match="episode 1 is an? .*expected"):
         Trajectories.from_episodes([([0, 1], [0]), episode])
 
 
