@@ -184,6 +184,9 @@ def tilt(
     # First steps share most ancestors; and what runs of small Z-hat drew is hardly there.
     worth = min(_efficiency(gains[..., :k].sum(-1), runs.log_weights) for k in (early, gains.shape[-1]))
     worth = min(1.0, worth / (num_runs * float(runs.log_partition.softmax(0).square().sum())))
+    # A reward that pays late tells nothing of early steps, for which another one may pay: those are as many as the
+    # first particles that have descendants.
+    worth = min(worth, _families(runs.ancestors, weight.unflatten(0, runs.returns.shape)) / weight.numel())
     spread = (runs.log_partition - log_mean_exp(runs.log_partition)).exp()
     # The relative spread of a few Z-hats is bounded; that of their logarithms is not.
     error = max(float(spread.std()), float(runs.log_partition.std())) / math.sqrt(num_runs)
@@ -217,6 +220,12 @@ def _efficiency(values: Float[Tensor, "R n"], log_weights: Float[Tensor, "R n"])
         return 1.0
     # The variance of all draws is that within runs and that between them.
     return min(1.0, (within + between) / between / values.shape[1])
+
+
+def _families(ancestors: Int[Tensor, "R n"], weight: Float[Tensor, "R n"]) -> float:
+    """Effective number of first particles, by the weight of those that descend from each."""
+    share = torch.zeros_like(weight).scatter_add(1, ancestors, weight)
+    return 1 / float(share.square().sum())
 
 
 def _lengths(actions: Tensor) -> Int[Tensor, " n"]:

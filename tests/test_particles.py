@@ -162,7 +162,7 @@ def test_constants_are_reconciled() -> None:
     # The same law three times, with three estimates of its constant: agreed at the mean by precision, exactly.
     density, origin, _ = overlapping(0)
     off, errors = torch.tensor([0.3, -0.2, 0.1]).double(), torch.tensor([0.1, 0.2, 0.4]).double()
-    found = reconcile(density[:1] - off.unsqueeze(1), origin, errors)
+    found = reconcile(density[:1] - off.unsqueeze(1), origin, errors).shift
     after = off + found
     expected = float((off / errors**2).sum() / (errors**-2).sum())
     assert torch.allclose(after, torch.full_like(after, expected), atol=1e-6)
@@ -170,16 +170,16 @@ def test_constants_are_reconciled() -> None:
     differences = []
     for seed in range(40):
         density, origin, log_z = overlapping(seed)
-        found = reconcile(density, origin, torch.full((3,), 10.0).double())
+        found = reconcile(density, origin, torch.full((3,), 10.0).double()).shift
         differences.append(found - found.mean() - (log_z - log_z.mean()))
     difference = torch.stack(differences)
     error = difference.std(0) / math.sqrt(len(difference))
     assert bool((difference.mean(0).abs() < 4 * error + 1e-3).all()) and float(difference.std()) < 0.2
     # Without overlap the estimates stay, in single precision too.
     apart = torch.tensor([[0.0, 0.0, -900.0, -900.0], [-900.0, -900.0, 0.0, 0.0]])
-    assert float(reconcile(apart, torch.tensor([0, 0, 1, 1]), torch.full((2,), 0.1)).abs().max()) < 1e-6
+    assert float(reconcile(apart, torch.tensor([0, 0, 1, 1]), torch.full((2,), 0.1)).shift.abs().max()) < 1e-6
     # What is known for certain stays; and so does one estimate alone.
-    assert not bool(reconcile(density, origin, torch.tensor([0.0, 0.0, 0.1]).double()).any())
+    assert not bool(reconcile(density, origin, torch.tensor([0.0, 0.0, 0.1]).double()).shift.any())
 
 
 def test_constants_weigh_what_samples_and_estimates_know() -> None:
@@ -187,8 +187,8 @@ def test_constants_weigh_what_samples_and_estimates_know() -> None:
     density, origin, log_z = overlapping(1)
     noise = torch.tensor([0.04, -0.03, 0.02]).double()
     normalised = density - (log_z + noise).unsqueeze(1)
-    sure = reconcile(normalised, origin, torch.full((3,), 1e-4).double())
-    unsure = reconcile(normalised, origin, torch.full((3,), 1.0).double())
+    sure = reconcile(normalised, origin, torch.full((3,), 1e-4).double()).shift
+    unsure = reconcile(normalised, origin, torch.full((3,), 1.0).double()).shift
     assert float(sure.abs().max()) < 1e-4 and float(unsure.abs().max()) > 1e-2
 
 
@@ -197,7 +197,7 @@ def test_a_pool_of_particles_knows_log_z_of_other_rewards() -> None:
     simulator, base = TabularSimulator(mdp), base_policy(mdp)
     learner = SoftQLearner(simulator, reading="trajectory", explore=0.5)
     generator = torch.Generator().manual_seed(3)
-    pool = Pool.of(roll_out(simulator, base, 2000, generator), base, base)
+    first = pool = Pool.of(roll_out(simulator, base, 2000, generator), base, base)
     for scale in (0.8, 1.0, 1.2):
         policy = learner.update(scale * reward, 500, generator)
         pool = pool.add(*tilt(simulator, policy, scale * reward, 2000, generator, base=base))
@@ -207,7 +207,9 @@ def test_a_pool_of_particles_knows_log_z_of_other_rewards() -> None:
         # The constants' own errors add to that of the weights.
         constant = max(p.standard_error for p in pool.policies if isinstance(p, TiltedProposal))
         assert abs(float(found.log_partition) - exact) < 4 * math.hypot(float(found.standard_error), constant)
-        assert float(found.ess) > 2000 and pool.efficiency < 1
+        # And with them more is known than by the first 2,000 alone.
+        assert float(found.ess) > float(pirl.SampledMaxEntTrajectory(first, scale * reward).estimate().ess)
+        assert pool.efficiency < 1
     assert float(pool.constants[0]) == 0 and bool((pool.constants[1:] != 0).all())
 
 
@@ -344,3 +346,64 @@ def test_runs_count_by_what_they_found() -> None:
         found.append(math.exp(proposal.log_partition - log_z) * float(drawn.returns(2 * reward).mean()))
     value = torch.tensor(found, dtype=torch.float64)
     assert abs(float(value.mean()) - expected) < 4 * float(value.std()) / math.sqrt(len(value))
+
+
+def test_a_reward_that_pays_late_hides_no_early_steps() -> None:
+    # Many steps of chance, and only the last one pays: blind particles are resampled away at every step.
+    mdp, reward = world()
+    late = torch.zeros_like(reward)
+    late[int(reward.sum(-1).argmax())] = 6.0
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(11)
+    policy = learned(mdp, late)
+    bent = SoftPolicy(
+        base.log_policy.expand(STEPS, -1, -1), torch.randn(STEPS, mdp.num_states, generator=generator).double(), ()
+    )
+    firsts, worth, runs = [], [], 60
+    for twist in (policy, bent):
+        means, said = [], []
+        for _ in range(runs):
+            drawn, proposal = tilt(simulator, twist, late, 400, generator, base=base, num_runs=4)
+            means.append(float((drawn.actions[:, 0] == 0).double().mean()))
+            said.append(proposal.efficiency)
+        mean = sum(means) / runs
+        firsts.append(mean * (1 - mean) / float(torch.tensor(means).var()) / 400)
+        worth.append(sum(said) / runs)
+    # What first actions are worth, by their spread over runs: never far less than is said.
+    assert all(honest > 0.6 * told for honest, told in zip(firsts, worth, strict=True)), (firsts, worth)
+    assert worth[1] < worth[0]
+
+
+def test_errors_of_constants_count_in_effective_samples() -> None:
+    # Two proposals that have no sample in common: what their constants are off by moves the mean of what tells them
+    # apart, by the variance that 1 / ess says.
+    both = torch.full((1, 2, 1), 1.0, dtype=torch.float64)
+    mdp = pirl.TabularMDP(both, initial=torch.ones(1).double(), horizon=1)
+    base, rewards = base_policy(mdp), 40.0 * torch.eye(2).double().unsqueeze(1)
+
+    def pool(errors: Tensor, error: float) -> Pool:
+        found = None
+        for action, (reward, off) in enumerate(zip(rewards, errors.tolist(), strict=True)):
+            law = TiltedProposal(reward, base, 40 - math.log(2) + off, error, 1.0, 1)
+            states, actions = torch.zeros(50, 2, dtype=torch.long), torch.full((50, 1), action)
+            lengths = torch.ones(50, dtype=torch.long)
+            rollouts = Rollouts(states, actions, law.log_density(states, actions, lengths), lengths)
+            found = Pool.of(rollouts, law, base) if found is None else found.add(rollouts, law)
+        assert found is not None
+        return found
+
+    sign, moved, error = torch.tensor([1.0, -1.0]).double().repeat_interleave(50), [], 0.1
+    generator = torch.Generator().manual_seed(12)
+    for _ in range(400):
+        off = error * torch.randn(2, generator=generator, dtype=torch.float64)
+        moved.append(float(pool(off, error).log_ratio.softmax(0) @ sign))
+    exact = pool(torch.zeros(2).double(), error)
+    known = pool(torch.zeros(2).double(), 1e-9)
+    ess = [1 / float(x.judge(torch.stack([x.log_ratio, x.log_ratio])).ess[1]) for x in (exact, known)]
+    assert abs(ess[1] - 1 / 100) < 1e-9
+    variance = float(torch.tensor(moved).square().mean())
+    assert abs(variance / (ess[0] - ess[1]) - 1) < 4 * math.sqrt(2 / 400)
+    # One of them alone has nothing to be off from.
+    weights = torch.where(sign > 0, exact.log_ratio, -torch.inf)
+    assert abs(float(exact.judge(weights).ess) - 50) < 1e-6
+    assert abs(float(exact.judge(weights).standard_error) - math.hypot(error, math.sqrt(1 / 100 * 100 / 99))) < 1e-3

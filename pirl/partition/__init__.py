@@ -12,6 +12,7 @@ Abbeel (2016); Veach and Guibas (1995) for the balance heuristic; Shi and Cornis
 """
 
 from pirl.partition.estimators import (
+    Constants,
     Sandwich,
     importance,
     log_mean_exp,
@@ -24,6 +25,7 @@ from pirl.partition.gates import PartitionEstimate, pareto_k, require_trusted, t
 from pirl.partition.sequential import ParticleRuns, Particles, smc, smc_trajectories
 
 __all__ = [
+    "Constants",
     "ParticleRuns",
     "Particles",
     "PartitionEstimate",

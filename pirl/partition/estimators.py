@@ -33,6 +33,21 @@ class Sandwich(NamedTuple):
     upper_error: Float[Tensor, "*batch"]
 
 
+class Constants(NamedTuple):
+    """What proposals' estimated log normalising constants are off by, and how well that is known.
+
+    Example:
+        >>> one = reconcile(torch.zeros(1, 6), torch.zeros(6, dtype=torch.long), torch.tensor([0.1]))
+        >>> one.shift, one.covariance.sqrt()  # a single one has none to agree with
+        (tensor([0.]), tensor([[0.1000]]))
+    """
+
+    shift: Float[Tensor, " K"]
+    """To be added to each constant."""
+    covariance: Float[Tensor, "K K"]
+    """Of the errors that are left."""
+
+
 def log_mean_exp(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
     """log of the mean weight: the estimate of log Z alone, for use under ``torch.func`` transforms.
 
@@ -83,7 +98,7 @@ def reconcile(
     origin: Int[Tensor, " N"],
     errors: Float[Tensor, " K"],
     worth: Float[Tensor, " K"] | None = None,
-) -> Float[Tensor, " K"]:
+) -> Constants:
     """What to add to the proposals' estimated log normalising constants, so that all samples agree on them.
 
     Samples that several proposals could have made tell the ratios of their constants: by reverse logistic regression
@@ -102,14 +117,15 @@ def reconcile(
             or errors that are negative or not finite.
 
     Example:
-        >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1]))
+        >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1])).shift
         tensor([0., 0.])
     """
     _check_proposals(log_densities, origin, errors, worth)
     # In double precision: what proposals without overlap leave is far below that of floats.
-    constants, free = torch.zeros_like(errors), (errors > 0).nonzero().flatten()
+    constants, covariance = torch.zeros_like(errors), torch.diag(errors.square())
+    free = (errors > 0).nonzero().flatten()
     if len(free) < 2:
-        return constants
+        return Constants(constants, covariance)
     label = origin.unsqueeze(0) == free.unsqueeze(1)
     kept = label.any(0)
     label, density = label[:, kept].double(), log_densities[free][:, kept].double()
@@ -131,8 +147,10 @@ def reconcile(
     size, axes = torch.linalg.eigh(centre @ variance @ centre)
     precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
     before = torch.diag(errors[free].double() ** -2)
-    constants[free] = torch.linalg.solve(precision + before, precision @ agreed).to(errors)
-    return constants
+    after = torch.linalg.inv(precision + before)
+    constants[free] = (after @ precision @ agreed).to(errors)
+    covariance[free.unsqueeze(1), free] = after.to(errors)
+    return Constants(constants, covariance)
 
 
 def _check_proposals(log_densities: Any, origin: Any, errors: Any, worth: Any) -> None:

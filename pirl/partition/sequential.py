@@ -124,6 +124,8 @@ class ParticleRuns(NamedTuple):
     """``[R, n, T + 1, *event]``."""
     actions: Tensor
     """``[R, n, T, *event]``."""
+    ancestors: Int[Tensor, "R n"]
+    """Which of the run's first particles each one descends from: few of them after much resampling."""
 
 
 @torch.no_grad()
@@ -204,7 +206,7 @@ def _filter(
             line = parents[t].gather(1, line)
             visited[t + 1], chosen[t] = take(visited[t + 1], line), take(chosen[t], line)
         visited[0] = take(visited[0], line)
-    paths = (torch.stack(visited, 2), torch.stack(chosen, 2)) if keep_paths else (states, states)
+    paths = (torch.stack(visited, 2), torch.stack(chosen, 2), line) if keep_paths else (states, states, same)
     return ParticleRuns(log_partition + log_mean_exp(log_weight), log_weight, returns, *paths)
 
 

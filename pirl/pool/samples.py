@@ -21,7 +21,7 @@ from pirl.errors import (
     check_counts,
     form,
 )
-from pirl.partition import PartitionEstimate, importance, log_mean_exp, mixture_log_density, reconcile
+from pirl.partition import Constants, PartitionEstimate, importance, log_mean_exp, mixture_log_density, reconcile
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
 from pirl.simulators.protocols import check_policy, require_undiscounted
 from pirl.simulators.rollouts import paying
@@ -219,8 +219,11 @@ class Pool:
     @property
     def constants(self) -> Float[Tensor, " K"]:
         """What is added to each proposal's log normalising constant so that all samples agree; 0 for policies."""
+        return self._reconciled.shift
 
-        def compute() -> Tensor:
+    @property
+    def _reconciled(self) -> Constants:
+        def compute() -> Constants:
             errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
             return reconcile(self.log_densities, self.origin, errors, worth)
 
@@ -232,16 +235,29 @@ class Pool:
         return float(self._of_each("efficiency", 1.0)[self.origin].mean())
 
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
-        """log Z-hat and its diagnostics, in which particles that share ancestors count for less than one sample."""
+        """log Z-hat and its diagnostics.
+
+        Particles that share ancestors count for less than one sample. Errors e of the proposals' constants move the
+        weight from one proposal to another: the mean of a function whose means under the proposals' shares s of the
+        weight are f_k moves by sum_k s_k e_k (f_k - f). Of all functions of variance 1 the one that is moved most has
+        for its variance the largest eigenvalue of sqrt(s) cov(e) sqrt(s), apart from what is common to all; that is
+        added to 1 / ess, which is that variance by the samples.
+        """
         found, share = importance(log_weights), log_weights.detach().softmax(-1)
-        errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
+        worth = self._of_each("efficiency", 1.0)
         ess = 1 / (share.square() / worth[self.origin]).sum(-1)
-        # The constants' own errors, of those proposals that carry the weight.
-        carried = torch.zeros(*share.shape[:-1], len(errors), dtype=share.dtype, device=share.device)
-        carried = carried.index_add(-1, self.origin, share)
-        of_constants = (carried * errors).square().sum(-1)
-        error = (found.standard_error.square() * found.ess / ess + of_constants).sqrt()
-        return found._replace(ess=ess, standard_error=error)
+        error = found.standard_error.square() * found.ess / ess
+        if bool(self._of_each("standard_error", 0.0).any()):
+            covariance = self._reconciled.covariance.to(share)
+            carried = torch.zeros(*share.shape[:-1], len(worth), dtype=share.dtype, device=share.device)
+            carried = carried.index_add(-1, self.origin, share)
+            root = carried.sqrt()
+            apart = torch.eye(len(worth), dtype=share.dtype, device=share.device)
+            apart = apart - root.unsqueeze(-1) * root.unsqueeze(-2)
+            moved = apart @ (root.unsqueeze(-1) * covariance * root.unsqueeze(-2)) @ apart
+            ess = 1 / (1 / ess + torch.linalg.eigvalsh(moved)[..., -1].clamp(min=0))
+            error = error + torch.einsum("...k,kl,...l->...", carried, covariance, carried)
+        return found._replace(ess=ess, standard_error=error.sqrt())
 
     def ess_of(self, log_odds: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch"]:
         """Effective samples as the demonstrations see them: few where they are and the pool is not.
