@@ -37,8 +37,9 @@ from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, planned, to_datatree
-from pirl.infer.engine import one_thread, progress_bar
+from pirl.infer.engine import one_thread
 from pirl.infer.memory import check_memory, free_memory
+from pirl.infer.progress import progress_bar
 from pirl.infer.ranks import Ranks, join
 from pirl.infer.replicated import STARTS, run_all
 from pirl.replicates import QUANTILES, Comparison, DrawData, Quantity, Study
@@ -113,7 +114,7 @@ def calibrate(
             are sampled one by one. Those that are sampled at once share the number of leapfrog steps, so that their
             draws depend on which others are sampled with them.
         device, dtype: move the arguments there first.
-        progress: show how far it is, on a terminal.
+        progress: show how far it is, in terminals and notebooks only.
         checkpoint: a file that replicates are saved to as they are done, every half a minute, on Ctrl-C and on SIGTERM;
             the same call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch

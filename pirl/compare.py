@@ -133,6 +133,8 @@ def compare(
             f"compare takes a dict of answers and the held-out pirl.Trajectories, not {type(entries).__name__} and "
             f"{type(demos).__name__}"
         )
+    if not isinstance(mdp, TabularMDP):
+        raise OptionError(f"mdp is {form(mdp)}: compare takes policies' values in a pirl.TabularMDP, which knows P")
     if truth is not None and "truth" in entries:
         raise OptionError("an answer is called 'truth', which is the row of truth=: call it otherwise")
     unknown = [name for name in rewards or {} if name not in entries]

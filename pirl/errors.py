@@ -210,6 +210,16 @@ def check_generator(generator: Any) -> None:
         raise OptionError(f"generator is {form(generator)}: give torch.Generator().manual_seed({seed}), or None")
 
 
+def counted(number: int, word: str) -> str:
+    """A number and what is counted, in the plural unless it is one.
+
+    Example:
+        >>> counted(1, "round"), counted(2_000, "round")
+        ('1 round', '2,000 rounds')
+    """
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def form(x: Any) -> str:
     """What something is, in words for messages: its type, and of arrays what they hold and their shape.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import time
 import warnings
@@ -87,6 +88,12 @@ def fit(
         model_kwargs: keyword arguments of the model. A keyword that the model's signature names may also be given
             directly, where it is none of the above.
         options: options of the engine.
+
+    Attributes of the answer tell how it was made (engine, options, seed, versions, seconds); "identified_rhat",
+    "identified_ess" and "identified_directions" of "num_directions": convergence in what demonstrations can show; and
+    where log Z is estimated from a pool, "partition_trusted" (1 or 0), "partition_problem" (why not), "partition_ess"
+    and "partition_pareto_k" (at the worst twentieth of the draws). Log-likelihoods and evidence of such models are
+    relative to p(tau): they compare models of the same demonstrations, not with models that know the dynamics.
 
     Ctrl-C ends sampling and returns the draws so far (of smc there are none before its end). Under ``torchrun`` the
     chains are split over the processes; the draws are the same, and only the process of rank 0 gets them: the others
@@ -179,6 +186,7 @@ def fit(
         "wall_time": time.perf_counter() - began,
         **draws.attrs,
         **numbers,
+        **_evidence_error(draws.attrs, numbers),
         **({"unidentified_sites": json.dumps(blind)} if blind else {}),
     }
     return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
@@ -222,6 +230,7 @@ def _partition_quality(
         warnings.warn(reason, ConvergenceWarning, stacklevel=3)
     return {
         "partition_estimator": "importance sampling from a fixed pool",
+        "partition_measure": "log likelihoods and the evidence are relative to p(tau)",
         "partition_samples": estimate.num_samples,
         "partition_demonstrations": count,
         "partition_ess": float(estimate.ess.quantile(0.05)),
@@ -230,6 +239,16 @@ def _partition_quality(
         "partition_trusted": int(reason is None),
         **({} if reason is None else {"partition_problem": reason}),
     }
+
+
+def _evidence_error(
+    drawn: Mapping[str, int | float | str], numbers: Mapping[str, int | float | str]
+) -> dict[str, float]:
+    """Standard error of the log evidence where log Z, which every demonstration's density has, is an estimate."""
+    if "log_evidence" not in drawn or "partition_standard_error" not in numbers:
+        return {}
+    of_partition = float(numbers["partition_demonstrations"]) * float(numbers["partition_standard_error"])
+    return {"log_evidence_se": math.hypot(float(drawn.get("log_evidence_se", 0.0)), of_partition)}
 
 
 def engine_options(run: Callable[..., Any]) -> list[str]:

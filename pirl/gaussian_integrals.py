@@ -24,6 +24,7 @@ from pirl.errors import (
     InvalidMDPError,
     InvalidPolicyError,
     check_generator,
+    counted,
 )
 from pirl.message_passing import is_checked
 
@@ -67,6 +68,10 @@ class GaussianKernel(NamedTuple):
     gain: Float[Tensor, "*batch T dy dx"]
     offset: Float[Tensor, "*batch T dy"]
     factor: Float[Tensor, "*batch T dy dz"]
+
+    def __repr__(self) -> str:
+        steps, to, of = self.gain.shape[-3:]
+        return f"GaussianKernel({of} to {to} coordinates, {counted(steps, 'step')})"
 
     def sample(self, x: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Draws ``[*n, dy]`` given x ``[*n, dx]`` at one time (from 0)."""

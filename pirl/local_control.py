@@ -42,6 +42,9 @@ class LocalPolicy(NamedTuple):
     values: Quadratic
     """V_t as a function of (s, 1), for t = 1..T (index 0..T-1)."""
 
+    def __repr__(self) -> str:
+        return f"LocalPolicy({self.kernel!r})"
+
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n, da]``."""
         return self.kernel.sample(states, step, generator)
@@ -143,7 +146,7 @@ class LocalLearner:
         motions = [_regression(p, s, self.ridge) for p, s in _by_time(pairs, states[:, 1:], self.shared)]
         value = Quadratic(*(states.new_zeros(shape) for shape in ((ds + 1, ds + 1), (ds + 1,), ())))
         values, kernels = [], []
-        one = states.new_zeros(1, ds + 1).index_fill(1, torch.tensor(ds), 1.0)
+        one = states.new_zeros(1, ds + 1).index_fill(1, torch.tensor(ds, device=states.device), 1.0)
         # Everything is a function of x = (s, 1), so that offsets are coefficients like others.
         put = torch.eye(ds + 1, dtype=states.dtype, device=states.device)[:, :ds]
         for t in reversed(range(horizon)):
@@ -155,7 +158,8 @@ class LocalLearner:
             acting = torch.cat([put.mT.new_zeros(ds + 1, ds + 1) + torch.eye(ds + 1).to(put),
                                 torch.cat([gain, offset.unsqueeze(-1)], -1)])  # fmt: skip
             noise = torch.cat([factor.new_zeros(ds + 1, factor.shape[-1]), factor])
-            joint = _concave(_quadratic(pairs[:, t], gained[:, t], self.ridge), ds).plus(ahead.after(motion))
+            fitted = _concave(_quadratic(pairs[:, t], gained[:, t], self.ridge), ds, pairs[:, t].mean(0))
+            joint = fitted.plus(ahead.after(motion))
             joint, how, where, spread = expect(joint, noise, True, "actions")
             how, where, spread = how[ds + 1 :] @ acting, where[ds + 1 :], spread[ds + 1 :]
             kernels.append((how[:, :ds], how[:, ds] + where, spread))
@@ -250,13 +254,17 @@ def _unscaled(function: Quadratic, mean: Tensor, scale: Tensor) -> Quadratic:
     return Quadratic(matrix, vector + times(matrix, mean), constant)
 
 
-def _concave(function: Quadratic, num_states: int) -> Quadratic:
-    """A function of (s, a) as one of (s, 1, a), without upward curvature, for which integrals might be infinite."""
+def _concave(function: Quadratic, num_states: int, centre: Tensor) -> Quadratic:
+    """A function of (s, a) as one of (s, 1, a), without upward curvature, for which integrals might be infinite.
+
+    Value and slope stay what they are at the centre of what the function was fitted to.
+    """
     size, axes = torch.linalg.eigh(function.matrix)
     matrix = (axes * size.clamp_min(0.0)) @ axes.mT
+    moved = (matrix - function.matrix) @ centre
     keep = torch.cat([torch.arange(num_states), torch.arange(num_states + 1, len(matrix) + 1)]).to(matrix.device)
     larger = matrix.new_zeros(len(matrix) + 1, len(matrix) + 1)
     larger[keep.unsqueeze(1), keep] = matrix
     vector = matrix.new_zeros(len(matrix) + 1)
-    vector[keep] = function.vector
-    return Quadratic(larger, vector, function.constant)
+    vector[keep] = function.vector + moved
+    return Quadratic(larger, vector, function.constant - 0.5 * centre @ moved)

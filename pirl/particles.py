@@ -20,7 +20,7 @@ from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_c
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
-from pirl.simulators.playing import asked, checked_states, known_ends
+from pirl.simulators.playing import asked, checked_ends, checked_states, known_ends
 from pirl.simulators.protocols import Generator, check_policy
 from pirl.simulators.rollouts import paying
 
@@ -254,12 +254,7 @@ def _laws(
     def acts(states: Tensor) -> Tensor:
         if states.is_floating_point():
             return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        over = getattr(simulator, "is_terminal", None)
-        at_end = (
-            torch.zeros_like(states, dtype=torch.bool)
-            if over is None
-            else over(states.clamp_min(0).flatten()).reshape(states.shape)
-        )
+        at_end = checked_ends(simulator, states.clamp_min(0).flatten()).reshape(states.shape)
         return (states >= 0) & ~at_end
 
     def reset(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

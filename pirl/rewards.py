@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pirl.errors import InvalidRewardError
+from pirl.errors import InvalidRewardError, form
 
 
 def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S A"]:
@@ -42,6 +42,14 @@ def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S 
     num_features = features.shape[-1]
     if weights.dim() < 1 or weights.shape[-1] != num_features:
         raise InvalidRewardError(f"weights have shape {tuple(weights.shape)}; expected [*batch, {num_features}]")
+    if not isinstance(weights, Tensor):
+        raise InvalidRewardError(f"weights is {form(weights)}; expected a floating tensor [*batch, {num_features}]")
+    if not features.is_floating_point() or (weights.is_floating_point() and features.dtype != weights.dtype):
+        cast = {torch.float32: "float", torch.float64: "double"}.get(weights.dtype, "double")
+        raise InvalidRewardError(
+            f"features are {features.dtype}, and weights {weights.dtype}: give features.{cast}() "
+            "(pirl.fit computes in float64, unless dtype= says otherwise)"
+        )
     _require_same(features, weights, "weights")
     reward = weights @ features.reshape(-1, num_features).mT
     pairs = (features.shape[0], 1) if features.dim() == 2 else features.shape[:2]

@@ -42,9 +42,26 @@ from pirl.transitions import TransitionMap
 class FiniteSimulator(Protocol):
     """A simulator of a finite space, and what is known of that space: not its dynamics.
 
+    States are numbers from 0 to S - 1, actions from 0 to A - 1, in tensors of int64; all random numbers are to come
+    from the generator that is given, on its device. A class with these attributes and methods is one; it need not
+    inherit.
+    ``is_terminal(states) -> [n]`` (bool) may be there too, and must then agree with ``terminal``.
+
     Example:
-        >>> isinstance(pirl.simulators.TabularSimulator(world), FiniteSimulator)
+        >>> class Drift:  # three places on a line; 1 tries to go right and slips, 0 rests; the last place ends it
+        ...     horizon, discount = 6, 1.0
+        ...     log_prior = torch.full((3, 2), 0.5, dtype=torch.float64).log()
+        ...     terminal = torch.tensor([False, False, True])
+        ...     def reset(self, num, generator=None):
+        ...         return torch.zeros(num, dtype=torch.long)
+        ...     def step(self, states, actions, generator=None):
+        ...         slips = torch.rand(len(states), generator=generator) < 0.3
+        ...         return (states + actions * ~slips).clamp(max=2)
+        >>> isinstance(Drift(), FiniteSimulator)
         True
+        >>> policy = soft_q_learning(Drift(), torch.tensor([[0.0], [0.0], [5.0]]).double(), num_rollouts=200)
+        >>> roll_out(Drift(), policy, 3).states.shape
+        torch.Size([3, 7])
     """
 
     horizon: int
@@ -52,18 +69,16 @@ class FiniteSimulator(Protocol):
     discount: float
     """g."""
     log_prior: Tensor
-    """log p(a|s) ``[S, A]``, -inf where an action is not available; 0 for the no-op of a terminal state."""
+    """log p(a|s) ``[S, A]``, -inf where an action is not available; rows of terminal states do not matter, for an
+    episode that has ended collects r(s, 0) once, if any decisions are left."""
     terminal: Tensor
-    """``[S]`` mask."""
+    """``[S]`` mask: where episodes end."""
 
     def reset(self, num: int, generator: Generator = None) -> Tensor:
-        """First states ``[num]``."""
+        """First states ``[num]``, whole numbers."""
 
     def step(self, states: Tensor, actions: Tensor, generator: Generator = None) -> Tensor:
-        """Next states ``[n]``."""
-
-    def is_terminal(self, states: Tensor) -> Tensor:
-        """Where episodes end."""
+        """Next states ``[n]``, whole numbers, of states and actions ``[n]`` each."""
 
 
 def require_finite_simulator(simulator: Any) -> None:
@@ -76,7 +91,7 @@ def require_finite_simulator(simulator: Any) -> None:
         >>> require_finite_simulator(pirl.simulators.TabularSimulator(world))
     """
     protocol = "a finite space needs a pirl.soft_q_learning.FiniteSimulator"
-    names = ("horizon", "discount", "log_prior", "terminal", "reset", "step", "is_terminal")
+    names = ("horizon", "discount", "log_prior", "terminal", "reset", "step")
     lacks = [name for name in names if not hasattr(simulator, name)]
     if lacks or isinstance(simulator, type):
         raise OptionError(
@@ -96,6 +111,13 @@ def require_finite_simulator(simulator: Any) -> None:
         raise OptionError(f"{protocol}: terminal is {form(terminal)}; expected a mask, a bool tensor [{len(prior)}]")
     if not isinstance(discount, (int, float)) or not 0 <= discount <= 1:
         raise OptionError(f"{protocol}: discount is {discount!r}; expected a number from 0 to 1")
+
+
+def _with_no_op(log_prior: Tensor, terminal: Tensor) -> Tensor:
+    """The base measure with one action, of measure 1, where episodes have ended: whatever its rows say there."""
+    no_op = torch.full_like(log_prior[0], -torch.inf)
+    no_op[0] = 0.0
+    return torch.where(terminal.unsqueeze(-1), no_op, log_prior)
 
 
 class Round(NamedTuple):
@@ -193,7 +215,7 @@ class SoftQLearner:
             )
         self.simulator, self.replay, self.explore, self.stationary = simulator, replay, explore, stationary
         self.reading: Reading = reading
-        log_prior = simulator.log_prior
+        log_prior = self._log_prior = _with_no_op(simulator.log_prior, simulator.terminal)
         self._counts = _Counts.none(log_prior)
         self._base = torch.log_softmax(log_prior, -1)
         # Online: F_k for k = 1..T, visits since the reward changed, and that reward.
@@ -296,11 +318,11 @@ class SoftQLearner:
     def _solved(self, reward: Tensor, counts: _Counts, following: Tensor) -> tuple[Tensor, Tensor]:
         """log pi by time, and V by decisions to go ``[*batch, T + 1, S]`` (or both stationary)."""
         if not self.replay:
-            action = self.simulator.log_prior + reward + self.simulator.discount * following
+            action = self._log_prior + reward + self.simulator.discount * following
             now = action.logsumexp(-1)
             return (action - now.unsqueeze(-1)).flip(-3), torch.cat([torch.zeros_like(now[:1]), now])
         horizon = None if self.stationary else self.simulator.horizon
-        problem = counts.problem(self.simulator.log_prior, self.simulator.discount, horizon, self.reading)
+        problem = counts.problem(self._log_prior, self.simulator.discount, horizon, self.reading)
         values = soft_values(reward, problem)
         require_finite(reward, values, problem)
         log_policy = log_policy_to_go(reward, values, problem)
@@ -318,7 +340,7 @@ class SoftQLearner:
             kept = torch.where(n > 0, kept.exp(), 0.0)
             target = mean.expect(value.unsqueeze(-1)).reshape(old.shape)
             moved.append(torch.where(m > 0, kept * old + (1 - kept) * target, old))
-            value = (self.simulator.log_prior + reward + self.simulator.discount * moved[-1]).logsumexp(-1)
+            value = (self._log_prior + reward + self.simulator.discount * moved[-1]).logsumexp(-1)
         return torch.stack(moved)
 
 

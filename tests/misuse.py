@@ -187,7 +187,7 @@ def learners() -> dict[str, Case]:
             "simulator lacks": (
                 lambda f=walk: f(walks, simulator=Bare()),
                 "OptionError",
-                "FiniteSimulator, and a Bare lacks discount, log_prior, terminal, is_terminal",
+                "FiniteSimulator, and a Bare lacks discount, log_prior, terminal:",
             ),
             "probabilities": (
                 lambda f=walk: f(walks, simulator=Plain()),

@@ -16,7 +16,7 @@ import pirl
 from models import linear_gaussian as puck
 from pirl.baselines import adversarial, guided_cost, maxent, sample_gradient
 from pirl.baselines.adversarial import _discriminator
-from pirl.baselines.guided_cost import _climb, _likelihood
+from pirl.baselines.guided_cost import _climb, _in_standard_errors, _likelihood
 from pirl.baselines.worlds import FiniteWorld, Sums, World, _check_kinds, make_world
 from pirl.convergence import ess_bulk
 from pirl.datasets import simulate
@@ -647,3 +647,57 @@ def test_features_of_vectors_are_looked_at_first() -> None:
     for features, told in wrong:
         with pytest.raises(InvalidRewardError, match=told):
             guided_cost(demos, system, features, base=system.base_policy, num_rollouts=10)
+
+
+class Elsewhere(TabularSimulator):
+    """The same world, but for what one decision leads to."""
+
+    def __init__(self, mdp: pirl.TabularMDP, state: int, action: int, leads_to: int) -> None:
+        super().__init__(mdp)
+        self.where, self.leads_to = (state, action), leads_to
+
+    def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        following = super().step(states, actions, generator)
+        return torch.where((states == self.where[0]) & (actions == self.where[1]), self.leads_to, following)
+
+
+@pytest.mark.parametrize("method", [guided_cost, guided_pool])
+def test_transitions_that_the_simulator_never_makes_are_told(method: Any) -> None:
+    mdp, features, demos = problem(0.1, num=40)
+    wrong = Elsewhere(mdp, 5, int(demos.actions[0, 0]), 10)  # where every demonstration starts
+    arguments = (demos, wrong, features) if method is guided_cost else (model, demos, wrong, features)
+    few = {"num_rollouts": 500, "num_rounds": 1}
+    with pytest.warns(ConvergenceWarning, match=r"\(state 5, action \d\) lead to state \d+, and none of \d+ samples"):
+        method(*arguments, **few)
+
+
+def test_luck_of_a_few_transitions_is_told_of_no_simulator() -> None:
+    """Slips that a small pool has not seen are no fault: warnings are errors here."""
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        mdp, features, demos = problem(0.3, num=20)
+        guided_cost(demos, TabularSimulator(mdp), features, num_rounds=1, num_rollouts=60, seed=seed)
+
+
+def test_convergence_is_judged_in_standard_errors() -> None:
+    mdp, features, demos = problem(0.1, num=20)
+    found = guided_cost(demos, TabularSimulator(mdp), features, num_rounds=6, num_rollouts=3000)
+    attrs, exact = found.attrs, maxent(demos, mdp, features, reading="trajectory")
+    # Relative change is above the tolerance still, by noise that no standard error would show.
+    assert attrs["converged"] and attrs["change"] > 1e-3 and attrs["change_in_standard_errors"] < 0.1
+    errors = exact.standard_errors()["weights"]
+    away = (found.parameters["weights"] - exact.parameters["weights"]) / errors
+    # Weights themselves are as far from maximum likelihood as so many effective samples leave them: 4 of these.
+    assert float(away.abs().max()) < 4 * math.sqrt(len(demos) / attrs["ess"]) * float(len(away)) ** 0.5
+    # Its units are those of maximum likelihood's standard errors, of a step along one weight that others follow.
+    sums = make_world(demos, TabularSimulator(mdp), features, 0, 0.1, "trajectory", None, None)
+    sums.begin(20_000)
+    one = torch.zeros(3).double()
+    one[0] = 0.1 * errors[0]
+    size = _in_standard_errors(one, sums.sums(), exact.parameters["weights"], 0.0) * math.sqrt(3)
+    information = torch.linalg.inv(exact.covariance["hessian"])[0, 0]
+    assert abs(size / math.sqrt(float(one[0] ** 2 * information)) - 1) < 0.1
+    # Too few samples are told, with how many would do.
+    few = guided_cost(demos, TabularSimulator(mdp), features, num_rounds=3, num_rollouts=50, tolerance=0.0)
+    assert not few.attrs["converged"]
+    assert "of 2000 for a tenth of one): raise num_rounds or num_rollouts" in repr(few)

@@ -17,7 +17,8 @@ from pirl.convergence import ess_bulk
 from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError
 from pirl.learning import bayesian_guided_cost
 from pirl.linear_gaussian import LinearGaussian, QuadraticReward
-from pirl.local_control import LocalLearner, LocalPolicy, gaussian_base
+from pirl.gaussian_integrals import Quadratic
+from pirl.local_control import LocalLearner, LocalPolicy, _concave, gaussian_base
 from pirl.particles import ValuedPolicy
 
 
@@ -163,3 +164,19 @@ def test_bad_input_is_named() -> None:
                 return dist.Normal(0.0, 1.0).log_prob(actions).sum(-1)
 
         bayesian_guided_cost(sampled_model, demos, given["system"], base=Wild())
+
+
+def test_upward_curvature_is_taken_away_where_the_samples_are() -> None:
+    """A reward that curves up far from the origin: clipped, it keeps its value and slope at the samples' mean."""
+    fitted = Quadratic(
+        torch.diag(torch.tensor([-2.0, 3.0])).double(), torch.tensor([0.5, -1.0]).double(), torch.tensor(0.7).double()
+    )
+    centre = torch.tensor([4.0, -3.0], dtype=torch.float64, requires_grad=True)
+    clipped = _concave(fitted, 1, centre.detach())
+    put = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]).double()  # (s, a) as (s, 1, a)
+    for point, matters in ((centre, True), (torch.zeros(2).double().requires_grad_(), False)):
+        (slope,) = torch.autograd.grad(fitted(point), point)
+        (found,) = torch.autograd.grad(clipped(put @ point), point)
+        same = torch.allclose(slope, found) and torch.allclose(fitted(point), clipped(put @ point))
+        assert same == matters
+    assert float(torch.linalg.eigvalsh(clipped.matrix).min()) >= 0

@@ -39,7 +39,7 @@ def test_linear_reward_vmaps(pairs: tuple[int, ...]) -> None:
         (torch.zeros(S, K), torch.zeros(K + 1), r"expected \[\*batch, 4\]"),
         (torch.zeros(S, K), torch.tensor(1.0), r"expected \[\*batch, 4\]"),
         (torch.zeros(S, K), torch.zeros(K, dtype=torch.float64), "float32"),
-        (torch.zeros(S, K, dtype=torch.long), torch.zeros(K, dtype=torch.long), "floating"),
+        (torch.zeros(S, K, dtype=torch.long), torch.zeros(K, dtype=torch.long), r"give features.double\(\)"),
     ],
 )
 def test_linear_reward_names_what_does_not_fit(features: Tensor, weights: Tensor, complaint: str) -> None:

@@ -483,3 +483,13 @@ def test_returns_take_rewards_of_states_too() -> None:
     for wrong in (by_state[:, 0], by_state[:2]):
         with pytest.raises(InvalidRewardError, match=r"\[\*batch, S, 1\]"):
             rollouts.returns(wrong)
+
+
+def test_what_is_printed_is_one_line() -> None:
+    mdp = pirl.envs.gridworld(3, 3, horizon=4)
+    policy = base_policy(mdp)
+    rollouts = roll_out(TabularSimulator(mdp), policy, 5, seeded())
+    assert repr(policy) == "TabularPolicy(9 states, 5 actions)"
+    assert repr(rollouts) == "Rollouts(5 episodes of at most 4 decisions)"
+    by_time = TabularPolicy(pirl.soft_policy(mdp, torch.zeros(9, 1).double()))
+    assert repr(by_time) == "TabularPolicy(9 states, 5 actions, 4 steps)"

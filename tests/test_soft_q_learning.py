@@ -307,3 +307,34 @@ def test_bad_input_is_named() -> None:
         SoftQLearner(simulator, stationary=True)
     with pytest.raises(OptionError, match="keeps no transitions"):
         SoftQLearner(simulator, replay=False).solve(reward)
+
+
+def test_rows_of_ended_states_do_not_matter() -> None:
+    """What stands in the base measure where episodes have ended is nobody's decision."""
+
+    class Own:
+        horizon, discount = 5, 1.0
+        terminal = torch.tensor([False, False, True])
+
+        def __init__(self, log_prior: Tensor) -> None:
+            self.log_prior = log_prior
+
+        def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+            return torch.zeros(num, dtype=torch.long)
+
+        def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return (states + actions).clamp(max=2)
+
+    reward = torch.tensor([[0.1, -0.3], [0.2, 0.4], [1.5, 9.0]]).double()
+    log_prior = torch.zeros(3, 2).double()
+    transition = torch.zeros(3, 2, 3).double()
+    for state in range(3):
+        for action in range(2):
+            transition[state, action, min(state + action, 2)] = 1.0
+    mdp = pirl.TabularMDP(transition, initial=0, horizon=5, terminal=[2], action_prior="counting")
+    exact = pirl.soft_policy(mdp, reward, "trajectory")
+    for row in ([0.0, 0.0], [0.0, -torch.inf], [-9.0, -0.5]):
+        table = log_prior.clone()
+        table[2] = torch.tensor(row)
+        policy = SoftQLearner(Own(table), reading="trajectory").update(reward, 200, torch.Generator().manual_seed(0))
+        assert torch.allclose(policy.log_policy[:, :2], exact[:, :2], atol=1e-12)

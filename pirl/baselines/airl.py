@@ -345,6 +345,11 @@ def _check_kinds(demos: Any, learner: Any) -> None:
             f"the learner is {form(learner)}, which learns no policies: give "
             "pirl.stable_baselines.StableBaselines(env, horizon=...)"
         )
+    if getattr(learner, "absorb", True) is False:
+        raise OptionError(
+            "the learner has absorb=False: where episodes may end, the length that demonstrations all have would be "
+            "taken for reward; give absorb=True"
+        )
 
 
 def _scale(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from pirl.baselines.estimate import PointEstimate
 from pirl.baselines.worlds import HISTORY, Sums, make_world
 from pirl.continuous import ContinuousTrajectories
 from pirl.errors import PartitionError, check_counts, check_numbers
+from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.pool import Features
 from pirl.simulators import Policy
 from pirl.trajectories import Trajectories
@@ -32,6 +33,8 @@ Demonstrations = Trajectories | ContinuousTrajectories
 
 _MOST_STEPS = 100
 _ARMIJO = 1e-4
+_NOISE = 0.1
+"""Standard errors below which a change is none."""
 _FARTHEST = 1e5
 """Returns (in nats) beyond which a likelihood has no maximum among the samples, and policies no digits."""
 
@@ -86,10 +89,13 @@ def guided_cost(
             default :class:`pirl.local_control.LocalLearner`, where the base policy is linear-Gaussian.
 
     Returns:
-        A :class:`PointEstimate` with "weights", and attrs "log_partition", "standard_error" and "ess" (of log Z),
-        "environment_steps". Its history has, by round, "objective", "ess", "sd_log_weight" (of the newest policy's
-        own weights: it goes to 0 without chance, and to a floor with it; of particles always 0), "change" and
-        "environment_steps".
+        A :class:`PointEstimate` with "weights", and attrs "log_partition", "standard_error", "ess" and "pareto_k" (of
+        log Z), "log_likelihood" (of all demonstrations, relative to p(tau), of which nothing is known), "change"
+        (relative) and "change_in_standard_errors" of the weights in the last round, "converged" (the change is below
+        ``tolerance``; or below a tenth of a standard error, with 100 effective samples for each demonstration),
+        "num_rounds" and "environment_steps". Its history has, by round, "objective", "ess", "sd_log_weight" (of the
+        newest policy's own weights: it goes to 0 without chance, and to a floor with it; of particles always 0),
+        "change" and "environment_steps".
 
     Raises:
         PartitionError: demonstrations that no roll-out could resemble, or no reward step is possible.
@@ -222,10 +228,27 @@ def _alternate(
         world.record(history, weights, newest, value, change)
         if converged:
             break
-    attrs = {**attrs, "converged": converged}
+    moved = _in_standard_errors(parameters[:num_features] - before, sums, parameters[:num_features], attrs["l2"])
+    # More digits than the samples have are noise: a tenth of a standard error is what 100 effective samples for each
+    # demonstration leave of it.
+    known = history["ess"][-1] >= ESS_PER_DEMONSTRATION * len(demos)
+    converged = converged or (free and num_rounds > 1 and known and moved < _NOISE)
+    attrs = {**attrs, "converged": converged, "change": change, "change_in_standard_errors": moved}
+    if not converged:
+        attrs["advice"] = (
+            f"the last round moved weights by {moved:.2g} standard errors, with {history['ess'][-1]:.0f} effective "
+            f"samples (of {ESS_PER_DEMONSTRATION * len(demos)} for a tenth of one): raise "
+            f"{'num_rounds' if known else 'num_rounds or num_rollouts'}"
+        )
     if extra:
         attrs["learned_log_partition"] = float(parameters[-1])
     return world.estimate(name, parameters[:num_features], history, began, attrs)
+
+
+def _in_standard_errors(step: Tensor, sums: Sums, weights: Tensor, l2: float) -> float:
+    """Length of a step of the weights by the likelihood's curvature, the square mean over directions."""
+    curvature = _likelihood(sums, weights, l2).curvature
+    return float((step @ curvature @ step / len(step)).clamp_min(0).sqrt())
 
 
 def _likelihood(sums: Sums, weights: Tensor, l2: float) -> Step:

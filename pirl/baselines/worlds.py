@@ -16,7 +16,7 @@ from pirl.gaussian_integrals import GaussianKernel
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, tilt
 from pirl.partition import PartitionEstimate, log_mean_exp
-from pirl.pool import Features, Pool, check_explained, checked_features
+from pirl.pool import Features, Pool, check_explained, check_transitions, checked_features
 from pirl.rewards import linear_reward
 from pirl.sampled import FeatureReward
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -139,8 +139,6 @@ class World:
             "seconds": time.perf_counter() - began,
             "instead_of_errors": "pirl.learning.bayesian_guided_cost gives a posterior",
         }
-        if told.get("converged") is False:
-            told["advice"] = "raise num_rounds, or num_rollouts where ess is small"
         log_policy, policy = self.final(weights)
         return PointEstimate(name, {"weights": weights}, self.reward(weights), log_policy, history, told, policy=policy)
 
@@ -184,6 +182,7 @@ class FiniteWorld(World):
 
     def imitate(self, num_rollouts: int) -> None:
         self.extend(cloned_policy(self.simulator.log_prior, self.demos.states, self.demos.actions), num_rollouts)
+        check_transitions(self.pool, self.demos.states, self.demos.actions)
 
     def features_of(self, table: Tensor | None) -> Tensor:
         flat = self.features if self.features.dim() == 3 else self.features.unsqueeze(1).expand(-1, self.shape[1], -1)

@@ -1,9 +1,8 @@
-"""What all engines share: the draws that they return, counter-based seeds, and a quiet progress bar."""
+"""What all engines share: the draws that they return, and counter-based seeds."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -102,27 +101,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int | float, str], None]]:
-    """Yield ``update(done, note)``; draws a bar on a terminal, and does nothing anywhere else."""
-
-    def ignore(done: int | float, note: str) -> None:
-        pass
-
-    if not (shown and sys.stderr.isatty()):
-        yield ignore
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, note="")
-
-        def update(done: int | float, note: str) -> None:
-            bar.update(task, completed=done, note=note)
-
-        yield update

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError
-from pirl.infer.engine import Draws, own_generator, progress_bar, reseed
+from pirl.infer.engine import Draws, own_generator, reseed
 from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential
+from pirl.infer.progress import progress_bar
 from pirl.infer.start import find_start, guarded
 
 __all__ = ["run"]

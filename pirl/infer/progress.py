@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,13 @@ class LiveView:
             return "-:--" if done < self.total else _clock(now - self._began)
         left = (self.total - done) * (now - then) / (done - before)
         return f"{_clock(left)} left" if done < self.total else _clock(now - self._began)
+
+
+@contextmanager
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[float, str], None]]:
+    """Yield ``update(done, note)`` of a :class:`LiveView`."""
+    with LiveView(label, total, shown) as view:
+        yield lambda done, note: view.update(int(done), note=note)
 
 
 def _clock(seconds: float) -> str:

@@ -15,9 +15,10 @@ from pyro.infer import Trace_ELBO, autoguide
 from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, NonFiniteError, OptionError
-from pirl.infer.engine import Draws, own_generator, progress_bar, reseed
+from pirl.infer.engine import Draws, own_generator, reseed
 from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential, Values
+from pirl.infer.progress import progress_bar
 from pirl.infer.start import find_start
 
 __all__ = ["run"]

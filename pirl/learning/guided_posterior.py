@@ -18,15 +18,15 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, form
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, counted, form
 from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
-from pirl.infer.engine import progress_bar
+from pirl.infer.progress import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
-from pirl.pool import Pool, check_explained
+from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.posterior.from_samples import log_odds, num_observed
 from pirl.sampled import SampledMaxEntTrajectory
@@ -67,7 +67,8 @@ class GuidedPosterior(NamedTuple):
         known = "trusted" if attrs["partition_trusted"] else "NOT TRUSTED"
         return (
             f"GuidedPosterior({known}: {attrs['partition_ess']:,.0f} effective of {attrs['partition_samples']:,} "
-            f"samples for {attrs['partition_demonstrations']} demonstrations, {len(self.history['ess'])} rounds)"
+            f"samples for {counted(attrs['partition_demonstrations'], 'demonstration')}, "
+            f"{counted(len(self.history['ess']), 'round')})"
         )
 
 
@@ -126,7 +127,7 @@ def bayesian_guided_cost(
         num_rollouts: of each policy.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
             of its own roll-outs; where the simulator can step and the policy has values, by default.
-        progress: show the rounds, and how the engine goes, in terminals only.
+        progress: show the rounds, and how the engine goes, in terminals and notebooks only.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
     A pool that is still too poor after the last round is told by a warning and by the posterior's label.
@@ -277,7 +278,9 @@ def _with_imitation(pool: Pool, simulator: Any, demos: Any, num_rollouts: int, g
     if not isinstance(simulator, FiniteSimulator):
         return pool
     cloned = cloned_policy(simulator.log_prior, demos.states, demos.actions)
-    return pool.add(roll_out(simulator, cloned, num_rollouts, generator), cloned)
+    pool = pool.add(roll_out(simulator, cloned, num_rollouts, generator), cloned)
+    check_transitions(pool, demos.states, demos.actions)
+    return pool
 
 
 def _guide(

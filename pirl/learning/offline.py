@@ -22,7 +22,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.continuous import ContinuousTrajectories
-from pirl.errors import InvalidTrajectoriesError, NonFiniteError, OptionError, check_counts, check_numbers, form
+from pirl.errors import (
+    InvalidTrajectoriesError,
+    NonFiniteError,
+    OptionError,
+    check_counts,
+    check_generator,
+    check_numbers,
+    form,
+)
 from pirl.simulators.protocols import Generator, check_demonstrations
 from pirl.trajectories import Trajectories
 
@@ -111,6 +119,7 @@ class OfflinePosterior:
     ) -> Float[Tensor, "num *batch"]:
         """Draws of q(r|s,a), independent of each other, between pairs as well: q knows no correlation."""
         check_counts(1, num=num)
+        check_generator(generator)
         mean, sd = self.reward(states, actions)
         noise = torch.randn(num, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
         return mean + sd * noise

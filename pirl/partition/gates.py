@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import OptionError, PartitionError, check_counts, check_numbers, form
+from pirl.errors import OptionError, PartitionError, check_counts, check_numbers, counted, form
 
 ESS_PER_DEMONSTRATION = 100
 """Effective samples a demonstration for a posterior mean within a tenth of a posterior standard deviation."""
@@ -115,13 +115,16 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
     found = []
     if low < need:
         moved = math.sqrt(num_demonstrations / max(low, 1e-9))
-        many = f"{num_demonstrations} demonstration{'s' if num_demonstrations > 1 else ''}"
+        many = counted(num_demonstrations, "demonstration")
         found.append(
             f"{low:.0f} effective samples of {estimate.num_samples} for {many} (needed: {need}) may move posterior "
             f"means by {moved:.2g} standard deviations"
         )
     if high >= most:
-        found.append(f"Pareto k-hat of the weights is {high:.2f} (at most {most:.2f})")
+        found.append(
+            f"Pareto k-hat of the weights is {high:.2f}, a heavy tail (at most {most:.2f} for {estimate.num_samples} "
+            "samples)"
+        )
     if not found:
         return None
     return f"log Z is not known well enough: {'; '.join(found)}: add samples of policies nearer to the posterior"

@@ -1,6 +1,13 @@
 """Roll-outs of several policies, weighed together, and what may be asked of them."""
 
-from pirl.pool.demonstrations import check_explained, check_lengths, check_support, check_table, ratio_of_table
+from pirl.pool.demonstrations import (
+    check_explained,
+    check_lengths,
+    check_support,
+    check_table,
+    check_transitions,
+    ratio_of_table,
+)
 from pirl.pool.samples import Features, Pool, checked_features, encode
 
 __all__ = [
@@ -10,6 +17,7 @@ __all__ = [
     "check_explained",
     "check_support",
     "check_table",
+    "check_transitions",
     "checked_features",
     "encode",
     "ratio_of_table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -173,6 +174,51 @@ def check_starts(pool: Pool, starts: Tensor) -> None:
     if total < _IMPOSSIBLE:
         raise PartitionError(told)
     warnings.warn(told, ConvergenceWarning, stacklevel=2)
+
+
+def check_transitions(pool: Pool, states: Tensor, actions: Tensor) -> None:
+    """Warn of demonstrated transitions of numbered states that no sample shows, though many take the same decision.
+
+    That all c of n + m decisions (s, a) which led to s' are among the m demonstrated ones has probability
+    (m)_c / (n + m)_c if both are of one law; times the number of transitions looked at, it bounds the chance of any.
+    Under the trajectory reading demonstrators are luckier than the dynamics, which is why this is no error.
+
+    Args:
+        states: ``[N, T + 1]``.
+        actions: ``[N, T]``, -1 after the end.
+    """
+
+    def moves(states: Tensor, actions: Tensor) -> Tensor:
+        steps = actions.shape[1]
+        rows = torch.stack([states[:, :steps], actions, states[:, 1 : steps + 1]], -1)
+        return rows[(actions >= 0) & (rows[..., 2] >= 0)]
+
+    ours, theirs = moves(pool.states, pool.actions).cpu(), moves(states, actions).cpu()
+    if not len(theirs):
+        return
+    (move, place), (_, pair) = (
+        torch.cat([theirs, ours])[:, :size].unique(dim=0, return_inverse=True) for size in (3, 2)
+    )
+    seen, shown = place[len(theirs) :].bincount(minlength=len(move)), place[: len(theirs)].bincount(minlength=len(move))
+    pairs = int(pair.max()) + 1
+    pair_of = torch.zeros(len(move), dtype=torch.long).scatter(0, place, pair)
+    n = pair[len(theirs) :].bincount(minlength=pairs)[pair_of].double()
+    m = pair[: len(theirs)].bincount(minlength=pairs)[pair_of].double()
+    log_chance = (
+        torch.lgamma(m + 1) - torch.lgamma(m - shown + 1) - torch.lgamma(n + m + 1) + torch.lgamma(n + m - shown + 1)
+    )
+    log_chance = torch.where((seen == 0) & (shown > 0), log_chance, 0.0)
+    least = int(log_chance.argmin())
+    if float(log_chance[least]) + math.log(max(int((shown > 0).sum()), 1)) >= math.log(_IMPOSSIBLE):
+        return
+    state, action, following = move[least].tolist()
+    warnings.warn(
+        f"{int(shown[least])} of {int(m[least])} demonstrated decisions (state {state}, action {action}) lead to "
+        f"state {following}, and none of {int(n[least])} samples: the simulator may be of another world than the "
+        "demonstrators'",
+        ConvergenceWarning,
+        stacklevel=2,
+    )
 
 
 def _check_range(pool: Pool, table: Tensor) -> None:

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pirl.distributions import TabularTrajectory
-from pirl.errors import ModelError, OptionError, check_counts
+from pirl.errors import ModelError, OptionError, check_counts, form
 from pirl.infer.engine import one_thread, own_generator
 from pirl.sampled import SampledMaxEntTrajectory
 
@@ -51,7 +51,7 @@ def reward_draws(
         >>> pirl.reward_draws(posterior, model, demos, mdp, features, num_draws=100).shape
         torch.Size([100, 25, 5])
     """
-    dataset = posterior["posterior"].to_dataset()
+    dataset = drawn_of(posterior)
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     num_draws = count if num_draws is None else num_draws
     check_counts(1, num_draws=num_draws)
@@ -68,6 +68,20 @@ def reward_draws(
         rewards = rewards_at(model, args, kwargs, values, site)
     singles = [dim for dim in range(1, rewards.dim() - 2) if rewards.shape[dim] == 1]
     return rewards.squeeze(singles) if singles else rewards
+
+
+def drawn_of(posterior: Any) -> xarray.Dataset:
+    """The draws of what :func:`pirl.fit` returned.
+
+    Raises:
+        OptionError: it is something else.
+    """
+    import xarray
+
+    if isinstance(posterior, xarray.DataTree) and "posterior" in posterior.children:
+        return posterior["posterior"].to_dataset()
+    own = ", which draws rewards itself: posterior.reward_draws" if hasattr(posterior, "reward_draws") else ""
+    raise OptionError(f"posterior is {form(posterior)}{own or ': give what pirl.fit returned, then its model'}")
 
 
 def rewards_at(

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
+from pirl.infer.potential import own_error
 from pirl.partition import PartitionEstimate
 from pirl.pool import Pool, ratio_of_table
-from pirl.posterior.draws import Given, default_dtype, law_of
+from pirl.posterior.draws import Given, default_dtype, drawn_of, law_of
 from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def sampled_rewards(
     check_counts(0, num_draws=num_draws, least_known=least_known)
     if least_known > num_draws:
         raise OptionError(f"least_known is {least_known}, more than num_draws={num_draws}: it is a part of them")
-    dataset = posterior["posterior"].to_dataset()
+    dataset = drawn_of(posterior)
     count = dataset.sizes["chain"] * dataset.sizes["draw"]
     index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     plain = num_draws - least_known
@@ -101,7 +102,13 @@ def prior_rewards(
     with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)
         for _ in range(num_draws):
-            trace = pyro.poutine.trace(model).get_trace(*args)
+            try:
+                trace = pyro.poutine.trace(model).get_trace(*args)
+            except Exception as error:
+                said = own_error(error)  # without Pyro's table of shapes
+                if said is None:
+                    raise
+                raise said from said.__cause__
             latent = {name: site["value"] for name, site in trace.nodes.items()
                       if site["type"] == "sample" and not site["is_observed"]}  # fmt: skip
             for name in latent:

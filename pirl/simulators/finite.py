@@ -46,6 +46,11 @@ class TabularPolicy:
             )
         self.log_policy, self._cumulative = log_policy, weight
 
+    def __repr__(self) -> str:
+        *steps, states, actions = self.log_policy.shape
+        by_time = f", {steps[0]} steps" if steps else ""
+        return f"{type(self).__name__}({states} states, {actions} actions{by_time})"
+
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n]``, never one of probability 0."""
         check_generator(generator)

@@ -66,11 +66,11 @@ def roll_out(
 
     def first() -> tuple[Tensor, Tensor]:
         states = checked_states(simulator.reset(num, generator), num, size=size)
-        return states, _checked_ends(simulator, states)
+        return states, checked_ends(simulator, states)
 
     def advance(episodes: Tensor, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         following = checked_states(simulator.step(states, actions, generator), len(states), like=states, size=size)
-        return following, _checked_ends(simulator, following)
+        return following, checked_ends(simulator, following)
 
     played = play(first, advance, policy, simulator.horizon, generator)
     return played._replace(
@@ -175,7 +175,7 @@ def number_of_states(simulator: object) -> int | None:
     return table.shape[0] if isinstance(table, Tensor) and table.dim() == 2 else None
 
 
-def _checked_ends(simulator: Any, states: Tensor) -> Tensor:
+def checked_ends(simulator: Any, states: Tensor) -> Tensor:
     """Which states end an episode, looked at: none where the simulator does not tell."""
     known, table = getattr(simulator, "is_terminal", None), known_ends(simulator, states)
     if known is None:

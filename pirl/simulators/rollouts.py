@@ -45,6 +45,9 @@ class Rollouts(NamedTuple):
     discount: float = 1.0
     """Of the simulator, where it tells it; :meth:`returns` are plain sums all the same."""
 
+    def __repr__(self) -> str:
+        return f"Rollouts({len(self.lengths)} episodes of at most {self.actions.shape[1]} decisions)"
+
     def pairs(self) -> tuple[Tensor, Tensor, Bool[Tensor, "num T"]]:
         """States and actions ``[num, T, *event]`` that a reward can be asked for, and which of them count.
 

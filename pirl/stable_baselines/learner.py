@@ -136,7 +136,7 @@ class StableBaselines:
             raise OptionError(f"stable-baselines3: {algorithm.upper()} has no option {name!r}")
         copies = DummyVecEnv([partial(made, env, horizon, absorb)] * num_envs)
         first: Any = copies.envs[0]
-        self.horizon, self.discount, self.temperature = first.horizon, discount, temperature
+        self.horizon, self.absorb, self.discount, self.temperature = first.horizon, absorb, discount, temperature
         self._actions = Actions.of(first.action_space)
         self.num_actions = self._actions.number
         if algorithm == "sac" and self.num_actions is not None:
