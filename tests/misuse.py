@@ -239,6 +239,16 @@ def learners() -> dict[str, Case]:
             "the simulator is a TabularM",
         ),
         "guided_pool: lacks": (lambda: pooled(model, walks, Bare(), marks), "OptionError", "a Bare lacks discount"),
+        "guided_pool: float32": (  # not Pyro's table of shapes
+            lambda: pooled(model, walks, simulator, marks.float()),
+            "InvalidRewardError",
+            "features are torch.float32, and weights torch.float64: give features.double()",
+        ),
+        "guided_pool: whole numbers": (
+            lambda: pooled(model, walks, simulator, marks.long()),
+            "InvalidRewardError",
+            "features are torch.int64, and weights torch.float64: give features.double()",
+        ),
         "guided_pool: one group": (
             lambda: pooled(model, walks, [simulator, simulator], marks),
             "OptionError",
@@ -540,6 +550,26 @@ def estimators() -> dict[str, Case]:
         call = lambda option=option, value=value: offline_posterior(demos, 2, **{option: value})  # noqa: E731
         found[f"offline_posterior: {option}"] = (call, "OptionError", told)
     return found | {
+        "OfflinePosterior.reward_draws": (
+            lambda: offline_posterior(demos, 2, num_steps=1).reward_draws(torch.zeros(3), torch.zeros(()).long(), 5, 7),
+            "OptionError",
+            "generator is an int: give torch.Generator().manual_seed(7)",
+        ),
+        "reward_draws: offline": (
+            lambda: pirl.reward_draws(offline_posterior(demos, 2, num_steps=1), model, walks, pool, marks),
+            "OptionError",
+            "posterior is an OfflinePosterior, which draws rewards itself: posterior.reward_draws",
+        ),
+        "reward_draws: swapped": (
+            lambda: pirl.reward_draws(model, trusted, walks, pool, marks),
+            "OptionError",
+            "posterior is a function: give what pirl.fit returned, then its model",
+        ),
+        "compare: a simulator": (
+            lambda: pirl.compare({"mine": torch.zeros(2, 9, 1)}, walks, simulator),
+            "OptionError",
+            "mdp is a TabularSimulator: compare takes policies' values in a pirl.TabularMDP, which knows P",
+        ),
         "offline_posterior: swapped": (lambda: offline_posterior(2, demos), "OptionError", "demos is an int"),
         "trusted_k": (lambda: partition.trusted_k(0), "OptionError", "num_samples is 0"),
         "untrusted: estimate": (lambda: partition.untrusted(weights(3), 5), "OptionError", "estimate is a Tensor"),

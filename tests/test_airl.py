@@ -175,6 +175,11 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(OptionError, match="the learner's temperature is 2.0"):
         airl(demos, hot, 100)
 
+    ends = Exact()
+    ends.absorb = False  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="absorb=False: where episodes may end, the length"):
+        airl(demos, ends, 100)
+
     class Never(Exact):
         def improve(self, *arguments: Any, **options: Any) -> Table:
             policy = super().improve(*arguments, **options)

@@ -40,19 +40,24 @@ def test_the_example_of_unknown_dynamics_runs(tmp_path: Path) -> None:
 
 
 def test_the_example_of_ones_own_finite_simulator_runs(tmp_path: Path) -> None:
-    example = next(block for block in python_blocks() if "class Machine" in block)
-    program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"
+    blocks = python_blocks()
+    before = next(block for block in blocks if "def sampled_model" in block).split("# Only reset and step")[0]
+    example = next(block for block in blocks if "class Machine" in block)
+    imports = "import pirl, pirl.envs, pyro, pyro.distributions as dist, torch\ntorch.manual_seed(0)"
+    program = f"{imports}\n{before}\n{example}".replace("num_samples=200", "num_samples=40")
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "weights[1]" in done.stdout
+    assert "weights[1]" in done.stdout and "GuidedPosterior(trusted: " in done.stdout
 
 
-def test_the_example_of_a_gymnasium_environment_runs(tmp_path: Path) -> None:
-    example = next(block for block in python_blocks() if "GymSimulator" in block)
-    program = f"import pirl, torch\ntorch.manual_seed(0)\n{example}"
+def test_the_examples_of_vectors_run(tmp_path: Path) -> None:
+    examples = "\n".join(block for block in python_blocks() if "GymSimulator" in block or "class Cart" in block)
+    imports = "import pirl, pyro, pyro.distributions as dist, torch\ntorch.manual_seed(0)"
+    learning = "from pirl.learning import bayesian_guided_cost"
+    program = f"{imports}\n{learning}\n{examples}".replace("num_samples=200", "num_samples=40")
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "PointEstimate(guided cost: weights[2]" in done.stdout
+    assert "PointEstimate(guided cost: weights[2]" in done.stdout and "GuidedPosterior(trusted: " in done.stdout
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:

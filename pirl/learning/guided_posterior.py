@@ -39,6 +39,8 @@ from pirl.trajectories import Trajectories
 if TYPE_CHECKING:
     import xarray
 
+_QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
+"""Of the rounds' posteriors, of which the gates look at a hundred draws."""
 _MARGIN = 1.5
 _LEAST_SHARE = 0.05
 """Of the pool's samples that should count for a reward before more are drawn."""
@@ -226,7 +228,7 @@ def guided_pool(
     for pool, group in zip(pools, watched, strict=True):
         check_explained(pool, group)
     pools = [_with_imitation(*each, num_rollouts, generator) for each in zip(pools, simulators, watched, strict=True)]
-    quick = {"num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False, **(guide_options or {})}
+    quick = {**_QUICK, **(guide_options or {})}
     history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted")}
     near = _near_samples(model)
 
@@ -290,9 +292,10 @@ def _guide(
     try:
         return fit(model, *given, engine=engine, seed=seed, progress=False, **options)
     except ModelError:
-        if engine != "laplace" or options.keys() - {"num_prior", "num_posterior_predictive", "log_likelihood"}:
+        if engine != "laplace" or options.keys() - _QUICK.keys():
             raise
-        return fit(model, *given, num_chains=16, num_warmup=60, num_samples=20, seed=seed, progress=False, **options)
+        few = {**options, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
+        return fit(model, *given, seed=seed, progress=False, **few)
 
 
 def _add(
