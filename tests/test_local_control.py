@@ -15,9 +15,9 @@ import pirl
 from models import linear_gaussian as puck
 from pirl.convergence import ess_bulk
 from pirl.errors import InvalidPolicyError, InvalidRewardError, OptionError
+from pirl.gaussian_integrals import Quadratic
 from pirl.learning import bayesian_guided_cost
 from pirl.linear_gaussian import LinearGaussian, QuadraticReward
-from pirl.gaussian_integrals import Quadratic
 from pirl.local_control import LocalLearner, LocalPolicy, _concave, gaussian_base
 from pirl.particles import ValuedPolicy
 
