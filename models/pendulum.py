@@ -96,7 +96,7 @@ def load(num_demos: int = 5, horizon: int = 100, num_rollouts: int = 1000, seed:
     learner = _learner(simulators[0])
     pools, _ = guided_pool(
         model, demos, simulators, base=learner.base, policy_step=learner.update, num_policies=2,
-        num_rollouts=num_rollouts, seed=seed,
+        num_rollouts=num_rollouts, seed=seed, particles=True,
     )  # fmt: skip
     return {"demos": demos, "pools": pools}
 

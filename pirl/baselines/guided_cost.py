@@ -83,7 +83,8 @@ def guided_cost(
         explore: share of the base measure among the decisions that teach the policy.
         seed: of all that is random.
         particles: add draws of p(tau | O) by particles that the policy guides (:func:`pirl.particles.tilt`) instead of
-            the policy's own roll-outs: many times as many effective samples where chance plays a part.
+            the policy's own roll-outs. Their weights do not depend on luck, and they count for as many as the first
+            particles that they descend from: more effective samples where chance decides much, fewer where little.
         base: the base policy of a simulator of vectors.
         learner: of its policies, with ``update(reward, generator)``, such as :class:`pirl.grid_control.GridLearner`; by
             default :class:`pirl.local_control.LocalLearner`, where the base policy is linear-Gaussian.

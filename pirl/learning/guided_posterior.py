@@ -100,7 +100,7 @@ def bayesian_guided_cost(
     num_rollouts: int = 500,
     seed: int = 0,
     progress: bool = True,
-    particles: bool | None = None,
+    particles: bool = False,
     guide_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GuidedPosterior:
@@ -128,7 +128,7 @@ def bayesian_guided_cost(
         num_policies: posterior draws a round that a policy is trained for.
         num_rollouts: of each policy.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
-            of its own roll-outs; where the simulator can step and the policy has values, by default.
+            of its own roll-outs. Their weights do not depend on luck, but they share ancestors, and count for as few.
         progress: show the rounds, and how the engine goes, in terminals and notebooks only.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
@@ -178,7 +178,7 @@ def guided_pool(
     num_policies: int = 4,
     num_rollouts: int = 500,
     seed: int = 0,
-    particles: bool | None = None,
+    particles: bool = False,
     guide_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> GuidedPool:
@@ -306,13 +306,13 @@ def _add(
     num_rollouts: int,
     generator: Generator,
     base: Policy,
-    particles: bool | None,
+    particles: bool,
 ) -> Pool:
     """A pool with roll-outs of a policy, or with particles that it guides."""
     valued = isinstance(policy, ValuedPolicy) and can_tilt(simulator)
     if particles and not valued:
         raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
-    if isinstance(policy, ValuedPolicy) and valued and particles is not False:
+    if isinstance(policy, ValuedPolicy) and particles:
         return pool.add(*tilt(simulator, policy, reward, num_rollouts, generator, base=base))
     return pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
 

@@ -95,7 +95,7 @@ def smc(
         log_mean_exp(runs.log_partition) + (through - through.detach()),
         error,
         ess,
-        pareto_k(runs.log_weights.log_softmax(-1).flatten()),
+        pareto_k((runs.log_weights.log_softmax(-1) + runs.log_partition.detach()[:, None]).flatten()),
         num_runs * num_particles,
     )
 
