@@ -60,7 +60,7 @@ class FiniteSimulator(Protocol):
         >>> isinstance(Drift(), FiniteSimulator)
         True
         >>> policy = soft_q_learning(Drift(), torch.tensor([[0.0], [0.0], [5.0]]).double(), num_rollouts=200)
-        >>> roll_out(Drift(), policy, 3).states.shape
+        >>> pirl.simulators.roll_out(Drift(), policy, 3).states.shape
         torch.Size([3, 7])
     """
 
