@@ -89,7 +89,7 @@ def load(num_demos: int = 10, horizon: int = 100, num_rollouts: int = 2000, seed
     demos = _recorded(num_demos, horizon) or _made(learner, num_demos, seed)
     pool, _ = guided_pool(
         model, demos, simulator, base=learner.base, policy_step=learner.update, num_policies=3,
-        num_rollouts=num_rollouts, seed=seed, particles=True,
+        num_rollouts=num_rollouts, seed=seed,
     )  # fmt: skip
     return {"demos": demos, "pool": pool}
 
