@@ -248,17 +248,18 @@ def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
     assert lacks[0] == 0 and lacks[-1] > 1 and any(fewer)
 
 
-@pytest.mark.parametrize(("share", "rounds"), [(1.0, 3), (2.0, 2)])
+@pytest.mark.parametrize(("share", "khat", "rounds"), [(1.0, 0.1, 3), (2.0, 0.1, 2), (2.0, 0.5, 3)])
 def test_the_pool_grows_beyond_what_the_approximation_needs(
-    monkeypatch: pytest.MonkeyPatch, share: float, rounds: int
+    monkeypatch: pytest.MonkeyPatch, share: float, khat: float, rounds: int
 ) -> None:
-    """The engine may reach further: just enough samples are not enough, twice as many are, but never in one round."""
+    """The engine may reach further: just enough samples, or tails that just pass, are not enough; nor is one round."""
     mdp, features, demos = problem(0.1, num=5)
     fitted, kept = guided_posterior._guide, list[Any]()
 
     def sure(*args: Any) -> Any:
         kept[:] = kept or [fitted(*args)]
         kept[0].attrs |= {"partition_trusted": 1, "partition_ess": share * 5 * ESS_PER_DEMONSTRATION}
+        kept[0].attrs["partition_pareto_k"] = khat
         return kept[0]
 
     monkeypatch.setattr(guided_posterior, "_guide", sure)

@@ -25,7 +25,7 @@ from pirl.infer import get_engine
 from pirl.infer.progress import progress_bar
 from pirl.local_control import LocalLearner
 from pirl.particles import ValuedPolicy, can_tilt, tilt
-from pirl.partition.gates import ESS_PER_DEMONSTRATION
+from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.posterior.from_samples import log_odds, num_observed
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 """Of the rounds' posteriors, of which the gates look at a hundred draws."""
-_MARGIN = 1.5
+_MARGIN, _MARGIN_OF_TAIL = 1.5, 0.2
 _LEAST_SHARE = 0.05
 """Of the pool's samples that should count for a reward before more are drawn."""
 
@@ -262,7 +262,8 @@ def guided_pool(
             # engine may reach further than the approximation, hence the margin.
             need = _MARGIN * ESS_PER_DEMONSTRATION * posterior.attrs["partition_demonstrations"]
             update(number + 1, f"ESS {history['ess'][-1]:.0f} of {need:.0f}")
-            if trusted and number > 0 and posterior.attrs["partition_ess"] >= need:
+            heavy = history["pareto_k"][-1] > trusted_k(posterior.attrs["partition_samples"]) - _MARGIN_OF_TAIL
+            if trusted and number > 0 and posterior.attrs["partition_ess"] >= need and not heavy:
                 break
             # Half of the policies go where the posterior is, half to its edge, where the pool knows least.
             edge = num_policies // 2
