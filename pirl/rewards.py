@@ -40,10 +40,10 @@ def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S 
     if features.dim() not in (2, 3):
         raise InvalidRewardError(f"features have shape {tuple(features.shape)}; expected [S, K] or [S, A, K]")
     num_features = features.shape[-1]
-    if weights.dim() < 1 or weights.shape[-1] != num_features:
-        raise InvalidRewardError(f"weights have shape {tuple(weights.shape)}; expected [*batch, {num_features}]")
     if not isinstance(weights, Tensor):
         raise InvalidRewardError(f"weights is {form(weights)}; expected a floating tensor [*batch, {num_features}]")
+    if weights.dim() < 1 or weights.shape[-1] != num_features:
+        raise InvalidRewardError(f"weights have shape {tuple(weights.shape)}; expected [*batch, {num_features}]")
     if not features.is_floating_point() or (weights.is_floating_point() and features.dtype != weights.dtype):
         cast = {torch.float32: "float", torch.float64: "double"}.get(weights.dtype, "double")
         raise InvalidRewardError(

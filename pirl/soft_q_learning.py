@@ -44,8 +44,7 @@ class FiniteSimulator(Protocol):
 
     States are numbers from 0 to S - 1, actions from 0 to A - 1, in tensors of int64; all random numbers are to come
     from the generator that is given, on its device. A class with these attributes and methods is one; it need not
-    inherit.
-    ``is_terminal(states) -> [n]`` (bool) may be there too, and must then agree with ``terminal``.
+    inherit. ``is_terminal(states) -> [n]`` (bool) may be there too, and must then agree with ``terminal``.
 
     Example:
         >>> class Drift:  # three places on a line; 1 tries to go right and slips, 0 rests; the last place ends it

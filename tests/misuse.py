@@ -249,6 +249,11 @@ def learners() -> dict[str, Case]:
             "InvalidRewardError",
             "features are torch.int64, and weights torch.float64: give features.double()",
         ),
+        "linear_reward: weights": (
+            lambda: pirl.linear_reward(marks, [1.0, 2.0]),
+            "InvalidRewardError",
+            "weights is a list; expected a floating tensor [*batch, 2]",
+        ),
         "guided_pool: one group": (
             lambda: pooled(model, walks, [simulator, simulator], marks),
             "OptionError",
