@@ -12,8 +12,9 @@ Torque beyond the limits is clipped, so that demonstrations have many actions at
 over the allowed torques, and the policies that propose have densities that are constant within bins, closed at the
 bounds: an action at a bound has the density of its bin (a smoothed density, no atom).
 
-Pools take most of the time, five minutes in all on one core. Wide posteriors are hard to cover: where log Z is not
-known well enough, as with ten demonstrations or half as many ``num_rollouts``, the posterior says so (`pirl diagnose`).
+Pools take most of the time, ten minutes and more on one core. Wide posteriors are hard to cover, above all from starts
+that need several swings: where log Z is not known well enough, which six rounds at this size did not come near to, the
+posterior says so (`pirl diagnose`); fewer ``num_demos`` and a shorter ``horizon`` are easier.
 
     pirl fit models/pendulum.py --plot costs.png
 """
