@@ -1,20 +1,23 @@
 """Do intervals of posteriors with a sampled log Z cover, and agree with exact ones? Truths from the prior: figures.
 
-    python -m tests.benchmarks.sampled_coverage [gridworld|linear_gaussian] [--worlds 100] [--jobs 1]
+    python -m tests.benchmarks.sampled_coverage [gridworld|linear_gaussian] [--worlds 100] [--jobs 1] [--out FILE]
 
 Bayesian guided cost learning, in problems whose log Z is known: a 5 x 5 gridworld with chance (slip 0.1, three kinds of
 ground, 10 decisions, 20 demonstrations) and a puck that is pushed home (two log costs, 6 decisions, 5 demonstrations).
 Coverage of central 90% intervals with the 99% band of a binomial, Bonferroni-corrected over the parameters; and how far
-means and standard deviations are from those of the posterior with exact log Z.
+means and standard deviations are from those of the posterior with exact log Z. A world takes most of a minute, and is
+told when it is done; with ``--out`` it is written as a line of JSON, and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +98,7 @@ PROBLEMS = {"gridworld": in_gridworld, "linear_gaussian": with_a_puck}
 def world(job: tuple[str, int]) -> dict[str, Any]:
     """Whether each interval covers, and how far the sampled posterior is from the exact one."""
     torch.set_num_threads(1)
+    began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, exact, truth = PROBLEMS[job[0]](job[1])
@@ -109,11 +113,29 @@ def world(job: tuple[str, int]) -> dict[str, Any]:
         for x in (ours, theirs)
     ]
     return {
-        "sampled": covers[0], "exact": covers[1],
-        "off": (ours.mean(0) - theirs.mean(0)) / theirs.std(0), "ratio": ours.std(0) / theirs.std(0),
-        "trusted": found.posterior.attrs["partition_trusted"] == 1,
-        "ess": found.posterior.attrs["partition_ess"],
+        "problem": job[0], "seed": job[1], "seconds": round(time.perf_counter() - began, 1),
+        "sampled": covers[0].tolist(), "exact": covers[1].tolist(),
+        "off": ((ours.mean(0) - theirs.mean(0)) / theirs.std(0)).tolist(),
+        "ratio": (ours.std(0) / theirs.std(0)).tolist(),
+        "trusted": bool(found.posterior.attrs["partition_trusted"] == 1),
+        "ess": float(found.posterior.attrs["partition_ess"]),
     }  # fmt: skip
+
+
+def worlds(problem: str, count: int, jobs: int, out: Path | None) -> list[dict[str, Any]]:
+    """All worlds, those that ``out`` has already not run again; each is told, and saved, as soon as it is done."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+    results = [line for line in lines if line["problem"] == problem and line["seed"] < count]
+    left = sorted(set(range(count)) - {line["seed"] for line in results})
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(world, (problem, seed)) for seed in left]):
+            results.append(result := done.result())
+            print(f"world {result['seed']}: {result['seconds']} s, ESS {result['ess']:.0f}, "
+                  f"{'trusted' if result['trusted'] else 'not trusted'}", flush=True)  # fmt: skip
+            if out:
+                with out.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+    return results
 
 
 def main() -> None:
@@ -122,16 +144,14 @@ def main() -> None:
     parser.add_argument("problem", choices=list(PROBLEMS), nargs="?", default="gridworld")
     parser.add_argument("--worlds", type=int, default=100)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a file of JSON lines, to go on from")
     arguments = parser.parse_args()
-    began = time.perf_counter()
-    jobs = [(arguments.problem, seed) for seed in range(arguments.worlds)]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(world, jobs))
+    results = worlds(arguments.problem, arguments.worlds, arguments.jobs, arguments.out)
     stacked = {key: np.array([result[key] for result in results]) for key in results[0]}
     size = stacked["sampled"].shape[1]
     low, high = stats.binom.interval(1 - 0.01 / size, arguments.worlds, 0.9) / np.array(arguments.worlds)
-    print(f"{arguments.problem}: {arguments.worlds} worlds, {time.perf_counter() - began:.0f} s; 99% band of coverage "
-          f"{low:.3f} to {high:.3f}")  # fmt: skip
+    print(f"{arguments.problem}: {arguments.worlds} worlds, {stacked['seconds'].mean():.0f} s each; 99% band of "
+          f"coverage {low:.3f} to {high:.3f}")  # fmt: skip
     for kind in ("sampled", "exact"):
         print(f"  {kind:8} coverage {stacked[kind].mean(0).round(3)}")
     for name, chosen in (("trusted", stacked["trusted"]), ("not trusted", ~stacked["trusted"])):
