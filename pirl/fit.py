@@ -224,7 +224,7 @@ def _partition_quality(
         found = partition_quality(model, args, kwargs, draws)
     if found is None:
         return {}
-    estimate, count = found
+    estimate, count, total_error = found
     reason = untrusted(estimate, count)
     if reason is not None:
         warnings.warn(reason, ConvergenceWarning, stacklevel=3)
@@ -236,6 +236,7 @@ def _partition_quality(
         "partition_ess": float(estimate.ess.quantile(0.05)),
         "partition_pareto_k": float(estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0).quantile(0.95)),
         "partition_standard_error": float(estimate.standard_error.quantile(0.95)),
+        "partition_total_error": float(total_error.quantile(0.95)),
         "partition_trusted": int(reason is None),
         **({} if reason is None else {"partition_problem": reason}),
     }
@@ -245,9 +246,9 @@ def _evidence_error(
     drawn: Mapping[str, int | float | str], numbers: Mapping[str, int | float | str]
 ) -> dict[str, float]:
     """Standard error of the log evidence where log Z, which every demonstration's density has, is an estimate."""
-    if "log_evidence" not in drawn or "partition_standard_error" not in numbers:
+    if "log_evidence" not in drawn or "partition_total_error" not in numbers:
         return {}
-    of_partition = float(numbers["partition_demonstrations"]) * float(numbers["partition_standard_error"])
+    of_partition = float(numbers["partition_total_error"])
     return {"log_evidence_se": math.hypot(float(drawn.get("log_evidence_se", 0.0)), of_partition)}
 
 

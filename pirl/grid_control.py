@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_generator
-from pirl.message_passing import log_policy_to_go
 from pirl.simulators import Simulator
 from pirl.simulators.playing import asked, checked_states
 from pirl.simulators.protocols import Generator
@@ -167,47 +166,60 @@ class UniformPolicy:
 class GridPolicy:
     """A policy that is interpolated between nodes: a :class:`pirl.particles.ValuedPolicy`.
 
+    It keeps values only: pi_t(k|node) = p(k) exp(r(node, k) + E V_{t+1} - V_t(node)) is computed where it is asked for.
+
     Attributes:
-        policy: pi_t(k|node) ``[T, S, K]``.
-        values: V_t(node) ``[T, S]``.
+        values: V_t(node) ``[T + 1, S]``; the last is 0.
 
     Example:
         >>> one = torch.eye(1, dtype=torch.float64)
         >>> puck = pirl.linear_gaussian.LinearGaussian(one, one, 0 * one, one[0], 0 * one, one, horizon=5)
         >>> learner = GridLearner(puck, Grid([-3.0], [3.0], [31]), Actions(9, -1.0, 1.0))
         >>> policy = learner.update(lambda states, actions: -states.square().sum(-1))
-        >>> policy.policy.shape, policy.value(torch.zeros(2, 1).double(), step=0).shape
-        (torch.Size([5, 31, 9]), torch.Size([2]))
+        >>> policy.values.shape, policy.value(torch.zeros(2, 1).double(), step=0).shape
+        (torch.Size([6, 31]), torch.Size([2]))
     """
 
     def __init__(
-        self, grid: Grid, actions: Actions, coordinates: Callable[[Tensor], Tensor], policy: Tensor, values: Tensor
+        self,
+        grid: Grid,
+        actions: Actions,
+        coordinates: Callable[[Tensor], Tensor],
+        gains: Float[Tensor, "S K"],
+        following: tuple[Int[Tensor, "S K m"], Float[Tensor, "S K m"]],
+        values: Float[Tensor, "T1 S"],
     ) -> None:
         self.grid, self.actions, self.coordinates = grid, actions, coordinates
-        self.policy, self.values = policy, values
+        self._gains, self._following, self.values = gains, following, values
 
     def sample(self, states: Tensor, step: int, generator: Generator = None) -> Tensor:
         """Actions ``[n, 1]``."""
         if len(states) == 0:
             return self.actions.middle[:0].to(states)
         check_generator(generator)
-        kind = torch.multinomial(self._shares(states, step), 1, generator=generator).squeeze(1)
+        index, share = self.grid.neighbours(self.coordinates(states))
+        of_node = self._log_policy(step, index.unsqueeze(2), torch.arange(self.actions.num, device=index.device))
+        kind = torch.multinomial((of_node.exp() * share.unsqueeze(2)).sum(1), 1, generator=generator).squeeze(1)
         return self.actions.draw(kind, generator)
 
     def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Float[Tensor, " n"]:
         """log density; -inf out of bounds."""
         kind = self.actions.kind(actions)
-        share = self._shares(states, step).gather(1, kind.clamp_min(0).unsqueeze(1)).squeeze(1)
-        return torch.where(kind >= 0, share.log() - math.log(self.actions.width or 1.0), -torch.inf)
+        index, share = self.grid.neighbours(self.coordinates(states))
+        of_node = self._log_policy(step, index, kind.clamp_min(0).unsqueeze(1))
+        log_chance = (share.log() + of_node).logsumexp(1)
+        return torch.where(kind >= 0, log_chance - math.log(self.actions.width or 1.0), -torch.inf)
 
     def value(self, states: Tensor, step: int) -> Float[Tensor, " n"]:
         """V_t(s)."""
         index, share = self.grid.neighbours(self.coordinates(states))
         return (self.values[step][index] * share).sum(1)
 
-    def _shares(self, states: Tensor, step: int) -> Float[Tensor, "n K"]:
-        index, share = self.grid.neighbours(self.coordinates(states))
-        return (self.policy[step][index] * share.unsqueeze(2)).sum(1)
+    def _log_policy(self, step: int, nodes: Int[Tensor, "*n"], kinds: Int[Tensor, "*k"]) -> Float[Tensor, "*nk"]:
+        """log pi_t(k|node) of nodes and kinds that fit each other by broadcasting."""
+        column, share = (x[nodes, kinds] for x in self._following)
+        ahead = (self.values[step + 1][column] * share).sum(-1)
+        return self._gains[nodes, kinds] + ahead - self.values[step][nodes]
 
 
 class GridLearner:
@@ -269,6 +281,7 @@ class GridLearner:
             columns.append(index)
             shares.append(share / draws)
         column, value = torch.cat(columns, 1), torch.cat(shares, 1)
+        self._following = tuple(x.unflatten(0, (count, actions.num)) for x in (column, value))
         row = torch.arange(len(column), device=column.device).unsqueeze(1).expand_as(column)
         keep = value > 0
         log_prior = torch.full((count, actions.num), -math.log(actions.num)).to(value)
@@ -292,6 +305,6 @@ class GridLearner:
         table = reward(self._row_states, self._row_actions).reshape(len(self._nodes), self.actions.num)
         if not bool(table.isfinite().all()):
             raise InvalidRewardError("the reward of a node of the grid is NaN or infinite: rewards must be finite")
-        values = soft_values(table, self._problem)
-        policy = log_policy_to_go(table, values, self._problem).flip(-3).exp()
-        return GridPolicy(self.grid, self.actions, self.coordinates, policy, values.flip(-2)[:-1])
+        values = soft_values(table, self._problem).flip(-2)
+        gains = table + self._problem.log_prior
+        return GridPolicy(self.grid, self.actions, self.coordinates, gains, self._following, values)

@@ -14,8 +14,10 @@ import pirl
 from models import cartpole, pendulum
 from pirl.errors import InvalidRewardError, OptionError
 from pirl.grid_control import Actions, Grid, GridLearner, UniformPolicy
+from pirl.message_passing import log_policy_to_go
 from pirl.particles import ValuedPolicy, tilt
 from pirl.simulators import GymSimulator, roll_out
+from pirl.soft_values import soft_values
 
 
 def test_interpolation_is_exact_for_multilinear_functions() -> None:
@@ -86,6 +88,21 @@ def test_values_tend_to_the_integral() -> None:
     policy = coarse.update(cost)
     _, proposal = tilt(Line(), policy, cost, 20_000, torch.Generator().manual_seed(0), base=coarse.base)
     assert abs(proposal.log_partition - exact) < 4 * proposal.standard_error < 0.1
+
+
+def test_policies_are_those_of_the_soft_values_at_all_nodes() -> None:
+    """What is computed where it is asked for is what the message passing of a finite problem gives for all at once."""
+    made = learner(11, 6)
+    policy = made.update(cost)
+    table = cost(made._row_states, made._row_actions).reshape(11, 6)
+    dense = log_policy_to_go(table, soft_values(table, made._problem), made._problem).flip(-3)  # [T, S, K]
+    nodes = Grid([-5.0], [5.0], [11]).nodes
+    for step in range(4):
+        for kind, action in enumerate(Actions(6, -2.0, 2.0).middle):
+            found = policy.log_prob(nodes, action.expand(11, 1), step) + math.log(4 / 6)
+            assert torch.allclose(found, dense[step, :, kind], atol=1e-12)
+        between = policy.log_prob(nodes[:-1] + 0.25, action.expand(10, 1), step).exp() * 4 / 6
+        assert torch.allclose(between, 0.75 * dense[step, :-1, 5].exp() + 0.25 * dense[step, 1:, 5].exp(), atol=1e-12)
 
 
 def test_densities_sum_to_one_and_samples_follow_them() -> None:

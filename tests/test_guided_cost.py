@@ -26,7 +26,7 @@ from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior
 from pirl.partition import PartitionEstimate, untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.posterior import from_samples
-from pirl.simulators import TabularSimulator, base_policy, roll_out
+from pirl.simulators import TabularPolicy, TabularSimulator, base_policy, roll_out
 from tests.exchange import exchange
 
 STEPS = 8
@@ -220,32 +220,57 @@ def exact_model(demos: pirl.Trajectories, mdp: pirl.TabularMDP, features: Tensor
 
 
 def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
-    """By N times the square of how far log ESS is below that of 5% of the pool, and nothing above it.
+    """By M squares of how far log ESS is below a few, and by the demonstrations' own weights in log Z.
 
-    Of two: by the samples' own weights, and by those of the demonstrations.
+    With the demonstrations among the samples, log Z is that of N + M of them: log mean over N of all weights.
     """
     mdp, features, demos = problem(0.1, num=7)
     base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
     pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 400, generator), base, base)
     near = guided_posterior._near_samples(model)
-    lacks, fewer = [], []
+    lacks, more = [], []
     for size in (0.0, 1.0, 20.0):
         weights = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
         law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights))
         weight = law.log_weights
         share = (weight - weight.max()).exp()
-        theirs = (law.log_prob(demos.as_tensor()) + pool.ratio_of(demos.states, demos.actions, demos.lengths)).exp()
-        own, seen = float(share.sum() ** 2 / share.square().sum()), 400 / float(theirs.mean())
-        fewer.append(seen < own)
-        lacks.append(max(0.0, math.log(0.05 * 400) - math.log(min(own, seen))))
+        theirs = law.log_prob(demos.as_tensor()) + pool.ratio_of(demos.states, demos.actions, demos.lengths)
+        own = float(share.sum() ** 2 / share.square().sum())
+        lacks.append(max(0.0, math.log(0.05 * 400) - math.log(own)))
+        theirs = theirs + law.log_partition  # log w of the demonstrations
+        more.append(float(torch.cat([weight, theirs]).logsumexp(0)) - float(weight.logsumexp(0)))
         at = {"weights": weights}
         plain, bounded = (
             float(pyro.poutine.trace(pyro.poutine.condition(x, at)).get_trace(demos, pool, features).log_prob_sum())
             for x in (model, near)
         )
         # Sums of a few hundred terms in float64.
-        assert bounded - plain == pytest.approx(-7 * lacks[-1] ** 2, rel=1e-12, abs=1e-12 * abs(plain))
-    assert lacks[0] == 0 and lacks[-1] > 1 and any(fewer)
+        assert bounded - plain == pytest.approx(-7 * (lacks[-1] ** 2 + more[-1]), rel=1e-12, abs=1e-12 * abs(plain))
+    assert lacks[0] == 0 and lacks[-1] > 1 and more[0] < 0.1 and more[-1] > 1
+
+
+def test_the_rounds_posterior_is_the_models_where_the_gate_is_met() -> None:
+    """However large the pool: held back, it would stop where it is held, look known there, and leave it at the end.
+
+    What is left of the demonstrations' own weights is M log(1 + M / ess), .01 M at most where ess is 100 M.
+    """
+    mdp, features, demos = problem(0.0, num=4)
+    weights = 0.3 * TRUTH
+    proposed = TabularPolicy(pirl.soft_policy(mdp, pirl.linear_reward(features, weights).expand(-1, 5)))
+    rollouts = roll_out(TabularSimulator(mdp), proposed, 40_000, torch.Generator().manual_seed(0))
+    pool = pirl.Pool.of(rollouts, proposed, base_policy(mdp))
+    law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, 15.0 * weights))
+    ess = min(float(law.estimate().ess), float(pool.ess_of(from_samples.log_odds(law, demos.as_tensor()))))
+    assert 4 * ESS_PER_DEMONSTRATION < ess < 0.05 * len(pool)
+    plain, bounded = (
+        float(
+            pyro.poutine.trace(pyro.poutine.condition(x, {"weights": 15.0 * weights}))
+            .get_trace(demos, pool, features)
+            .log_prob_sum()
+        )
+        for x in (model, guided_posterior._near_samples(model))
+    )
+    assert -0.04 <= bounded - plain < 0
 
 
 @pytest.mark.parametrize(("share", "khat", "rounds"), [(1.0, 0.1, 3), (2.0, 0.1, 2), (2.0, 0.5, 3)])
@@ -459,10 +484,37 @@ def test_a_bad_pool_does_not_hide_behind_a_good_one() -> None:
         return from_samples._Site(pool, explained, estimate)
 
     bad, good = site("a", 10, 100.0), site("b", 1000, 200_000.0)
-    assert untrusted(*from_samples._together([good])) is None
+    assert untrusted(*from_samples._together([good])[:2]) is None
     for sites in ([bad], [bad, good]):
-        assert untrusted(*from_samples._together(sites)) is not None
-    assert untrusted(*from_samples._together([site("a", 10, 1001.0), good])) is None
+        assert untrusted(*from_samples._together(sites)[:2]) is not None
+    assert untrusted(*from_samples._together([site("a", 10, 1001.0), good])[:2]) is None
+
+
+def test_the_error_of_the_likelihood_is_that_of_all_pools() -> None:
+    """Two sites share a pool, and its error; those of two pools average out: as fresh pools show it."""
+    mdp, features, demos = problem(0.1, num=9)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    groups = {"few": demos[:2], "some": demos[2:5], "others": demos[5:]}
+
+    def likelihood(pools: list[pirl.Pool]) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        for pool, (name, group) in zip(pools, groups.items(), strict=True):
+            with pyro.plate(name, len(group)):
+                law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights), lengths=group.lengths)
+                pyro.sample(f"{name}_seen", law, obs=group.as_tensor())
+
+    found, said = [], []
+    at = {"weights": 0.5 * TRUTH.unsqueeze(0)}
+    for _ in range(200):
+        one, other = (pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 200, generator), base, base) for _ in "ab")
+        quality = from_samples.partition_quality(likelihood, ([one, one, other],), {}, at)
+        assert quality is not None
+        said.append(float(quality.total_error))
+        trace = pyro.poutine.trace(pyro.poutine.condition(likelihood, {"weights": at["weights"][0]}))
+        found.append(float(trace.get_trace([one, one, other]).log_prob_sum()))
+    # The sd of 200 values has a relative error of 1 / sqrt(400). One error for all would be 9 / sqrt(5^2 + 4^2) = 1.4
+    # times as large, and one for each site .84 as large.
+    assert np.std(found, ddof=1) / np.mean(said) == pytest.approx(1.0, abs=3 / math.sqrt(400))
 
 
 @pytest.mark.parametrize(("wrong", "refused"), [(12, True), (1, False)])

@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError
+from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionError
 from pirl.infer.engine import Draws, own_generator, reseed
 from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential
@@ -128,7 +128,8 @@ def run(
     Args:
         num_warmup: ignored.
         num_starts: searches for the mode, from different starts; the best end wins.
-        init: where they start, see :func:`pirl.infer.start.find_start`.
+        init: where they start, see :func:`pirl.infer.start.find_start`; of given values only the first search, and
+            the others uniformly.
         resample: let the draws follow their importance weights, where k-hat < 0.7 allows it.
 
     Raises:
@@ -152,7 +153,13 @@ def run(
         ends = []
         for index in range(num_starts):
             reseed(seed, index)
-            start = potential.flatten(find_start(potential, init))
+            where = init if index == 0 or isinstance(init, str) else "uniform"
+            try:
+                start = potential.flatten(find_start(potential, where))
+            except NonFiniteError:
+                if where is init:
+                    raise
+                continue  # the start that was given does
             ends.append(find_mode(lambda vector: guard(potential.unflatten(vector)), start))
             update(index + 1, "")
         finite = [end for end in ends if torch.isfinite(end[1])] or ends

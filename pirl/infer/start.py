@@ -55,7 +55,8 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
     for _ in range(START_ATTEMPTS if isinstance(init, str) else 1):
         if not isinstance(init, str):
             dtype = torch.get_default_dtype()
-            z = potential.unconstrain({name: torch.as_tensor(value, dtype=dtype) for name, value in init.items()})
+            given = {name: torch.as_tensor(init[name], dtype=dtype) for name in potential.latent if name in init}
+            z = potential.unconstrain(given)
         elif init == "prior":
             z = potential.prior_draw()
         else:

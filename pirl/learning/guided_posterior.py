@@ -28,6 +28,7 @@ from pirl.particles import ValuedPolicy, can_tilt, tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
+from pirl.posterior.draws import drawn_of
 from pirl.posterior.from_samples import log_odds, num_observed
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 _QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 """Of the rounds' posteriors, of which the gates look at a hundred draws."""
 _MARGIN, _MARGIN_OF_TAIL = 1.5, 0.2
-_LEAST_SHARE = 0.05
-"""Of the pool's samples that should count for a reward before more are drawn."""
+_LEAST_SHARE, _FEW = 0.05, 30.0
+"""So many of the pool's samples, the smaller of this share and this number, should count before more are drawn. Less
+than the gate asks for: a posterior that is held back must not look known where it is held."""
 
 PolicyStep = Callable[[Any, Generator], Policy]
 """(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
@@ -230,7 +232,7 @@ def guided_pool(
     pools = [_with_imitation(*each, num_rollouts, generator) for each in zip(pools, simulators, watched, strict=True)]
     quick = {**_QUICK, **(guide_options or {})}
     history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted")}
-    near = _near_samples(model)
+    near, posterior = _near_samples(model), None
 
     def given() -> tuple[Any, ...]:
         return demos, pools if several else pools[0], *args
@@ -252,7 +254,7 @@ def guided_pool(
                 ]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-                posterior = _guide(near, given(), guide, seed + number, quick)
+                posterior = _guide(near, given(), guide, seed + number, _from(posterior, guide) | quick)
             trusted = bool(posterior.attrs["partition_trusted"])
             history["ess"].append(posterior.attrs["partition_ess"])
             history["pareto_k"].append(posterior.attrs["partition_pareto_k"])
@@ -286,6 +288,14 @@ def _with_imitation(pool: Pool, simulator: Any, demos: Any, num_rollouts: int, g
     return pool
 
 
+def _from(posterior: xarray.DataTree | None, guide: str) -> dict[str, Any]:
+    """Where the search for the mode begins: one start where the last round was, and others anywhere."""
+    if posterior is None or guide != "laplace":
+        return {}
+    last = drawn_of(posterior).isel(chain=0, draw=0)
+    return {"init": {str(name): torch.as_tensor(value.values) for name, value in last.data_vars.items()}}
+
+
 def _guide(
     model: Callable[..., Any], given: tuple[Any, ...], engine: str, seed: int, options: Mapping[str, Any]
 ) -> xarray.DataTree:
@@ -293,9 +303,9 @@ def _guide(
     try:
         return fit(model, *given, engine=engine, seed=seed, progress=False, **options)
     except ModelError:
-        if engine != "laplace" or options.keys() - _QUICK.keys():
+        if engine != "laplace" or options.keys() - _QUICK.keys() - {"init", "num_starts"}:
             raise
-        few = {**options, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
+        few = {**{name: options[name] for name in _QUICK}, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
         return fit(model, *given, seed=seed, progress=False, **few)
 
 
@@ -321,8 +331,11 @@ def _add(
 def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model, less likely where few samples of the pool count.
 
-    There log Z-hat is too low, and the likelihood without bounds in directions that no sample shows. The rounds go
-    step by step instead; the last posterior, of a good pool, is of the model itself.
+    There log Z-hat is too low, and the likelihood without bounds in directions that no sample shows. So demonstrations
+    count as samples too (Finn, Levine and Abbeel 2016 add them to those of the policies): their own weights bound log Z
+    from below, by log(1 + M / ess) more than the samples where ess are counted by M demonstrations. And where less than
+    a few samples count, the likelihood is lowered further. The rounds go step by step; the last posterior, of a good
+    pool, is of the model itself.
     """
 
     def bounded(*args: Any) -> None:
@@ -330,10 +343,11 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
             model(*args)
         for name, (law, seen) in laws.found.items():
             ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
-            ess = torch.minimum(ess, law.pool.ess_of(log_odds(law, seen).reshape(-1)).log())
-            lacking = (math.log(_LEAST_SHARE * len(law.pool)) - ess).clamp_min(0.0)
+            lacking = (math.log(min(_LEAST_SHARE * len(law.pool), _FEW)) - ess).clamp_min(0.0)
             count = num_observed(law, seen)
-            pyro.factor(f"{name}_near_samples", -count * lacking.square().sum())
+            by_demos = law.pool.ess_of(log_odds(law, seen).reshape(-1)).log()
+            fused = torch.nn.functional.softplus(math.log(count) - by_demos)
+            pyro.factor(f"{name}_near_samples", -count * (lacking.square().sum() + fused))
 
     return bounded
 

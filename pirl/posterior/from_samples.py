@@ -124,8 +124,8 @@ def prior_rewards(
 
 def partition_quality(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
-) -> tuple[PartitionEstimate, int] | None:
-    """The estimate of log Z at posterior draws, and how many demonstrations one pool explains; None for exact models.
+) -> PartitionQuality | None:
+    """How well log Z is known at posterior draws; None for exact models.
 
     A model that observes several sampled sites is judged by each of them: their estimates follow each other.
 
@@ -167,6 +167,17 @@ def num_observed(law: SampledMaxEntTrajectory, table: Tensor) -> int:
     return max(torch.broadcast_shapes(law.batch_shape, table.shape[:-2]).numel(), 1)
 
 
+class PartitionQuality(NamedTuple):
+    """How well log Z is known at posterior draws, by all sites of a model."""
+
+    estimate: PartitionEstimate
+    """``[draw]``, of the worst pool."""
+    num_demos: int
+    """How many demonstrations share one error."""
+    total_error: Float[Tensor, " draw"]
+    """Standard error of log Z summed over all demonstrations, which is that of their log likelihood."""
+
+
 class _Site(NamedTuple):
     """How well log Z of one sampled site is known at posterior draws."""
 
@@ -177,16 +188,18 @@ class _Site(NamedTuple):
     """``[draw, batch]``."""
 
 
-def _together(sites: list[_Site]) -> tuple[PartitionEstimate, int]:
-    """One estimate for all sites ``[draw]``, and how many demonstrations share one error.
+def _together(sites: list[_Site]) -> PartitionQuality:
+    """One estimate for all sites.
 
     Errors of one pool move all that it explains together; those of several pools average out in parameters that all
     share, and do not in those of one pool's own: each has to be good enough for what it explains. Of a draw, the worst
     pool's tail counts.
     """
     of_pool: dict[int, int] = {}
-    for pool, explained, _ in sites:
+    moved: dict[int, Tensor] = {}  # the sum of log Z over what a pool explains: by one error for all of it, at most
+    for pool, explained, estimate in sites:
         of_pool[id(pool)] = of_pool.get(id(pool), 0) + explained
+        moved[id(pool)] = moved.get(id(pool), torch.zeros(())) + explained * estimate.standard_error.amax(1).cpu()
     total, squares = sum(of_pool.values()), sum(n * n for n in of_pool.values())
     estimates = [site.estimate for site in sites]
     inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64)
@@ -200,4 +213,4 @@ def _together(sites: list[_Site]) -> tuple[PartitionEstimate, int]:
         ess = torch.minimum(ess, estimate.ess.double().amin(1).cpu() * count / of_pool[id(pool)])
     ess = ess.to(value)
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in estimates))
-    return whole, count
+    return PartitionQuality(whole, count, torch.stack(list(moved.values())).square().sum(0).sqrt())
