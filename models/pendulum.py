@@ -12,9 +12,7 @@ Torque beyond the limits is clipped, so that demonstrations have many actions at
 over the allowed torques, and the policies that propose have densities that are constant within bins, closed at the
 bounds: an action at a bound has the density of its bin (a smoothed density, no atom).
 
-Pools take most of the time, ten minutes and more on one core. Wide posteriors are hard to cover, above all from starts
-that need several swings: where log Z is not known well enough, which six rounds at this size did not come near to, the
-posterior says so (`pirl diagnose`); fewer ``num_demos`` and a shorter ``horizon`` are easier.
+Pools take most of the time, some minutes on one core: XXX.
 
     pirl fit models/pendulum.py --plot costs.png
 """
@@ -85,7 +83,7 @@ class Pendulum:
         return torch.stack([angle.cos(), angle.sin(), speed], -1)
 
 
-def load(num_demos: int = 5, horizon: int = 100, num_rollouts: int = 1000, seed: int = 0) -> dict[str, Any]:
+def load(num_demos: int = 5, horizon: int = 100, num_rollouts: int = 500, seed: int = 0) -> dict[str, Any]:
     """The first ``horizon`` decisions of some demonstrations, and pools that know log Z near their posterior."""
     check_counts(1, num_demos=num_demos, horizon=horizon)
     check_counts(0, seed=seed)
@@ -97,15 +95,15 @@ def load(num_demos: int = 5, horizon: int = 100, num_rollouts: int = 1000, seed:
     learner = _learner(simulators[0])
     pools, _ = guided_pool(
         model, demos, simulators, base=learner.base, policy_step=learner.update, num_policies=2,
-        num_rollouts=num_rollouts, seed=seed, particles=True,
+        num_rollouts=num_rollouts, seed=seed,
     )  # fmt: skip
     return {"demos": demos, "pools": pools}
 
 
 def _learner(simulator: Pendulum) -> GridLearner:
-    grid = Grid([-math.pi, -MAX_SPEED], [math.pi, MAX_SPEED], [81, 65], wraps=[0])
+    grid = Grid([-math.pi, -MAX_SPEED], [math.pi, MAX_SPEED], [121, 97], wraps=[0])
     return GridLearner(
-        simulator, grid, Actions(16, -MAX_TORQUE, MAX_TORQUE),
+        simulator, grid, Actions(24, -MAX_TORQUE, MAX_TORQUE),
         coordinates=lambda s: torch.stack([torch.atan2(s[:, 1], s[:, 0]), s[:, 2]], -1),
         states=lambda c: torch.stack([c[:, 0].cos(), c[:, 0].sin(), c[:, 1]], -1),
     )  # fmt: skip

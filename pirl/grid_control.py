@@ -198,7 +198,7 @@ class GridPolicy:
             return self.actions.middle[:0].to(states)
         check_generator(generator)
         index, share = self.grid.neighbours(self.coordinates(states))
-        of_node = self._log_policy(step, index.unsqueeze(2), torch.arange(self.actions.num, device=index.device))
+        of_node = self._log_policy(step, index)
         kind = torch.multinomial((of_node.exp() * share.unsqueeze(2)).sum(1), 1, generator=generator).squeeze(1)
         return self.actions.draw(kind, generator)
 
@@ -206,7 +206,7 @@ class GridPolicy:
         """log density; -inf out of bounds."""
         kind = self.actions.kind(actions)
         index, share = self.grid.neighbours(self.coordinates(states))
-        of_node = self._log_policy(step, index, kind.clamp_min(0).unsqueeze(1))
+        of_node = self._log_policy(step, index, kind.clamp_min(0))
         log_chance = (share.log() + of_node).logsumexp(1)
         return torch.where(kind >= 0, log_chance - math.log(self.actions.width or 1.0), -torch.inf)
 
@@ -215,11 +215,16 @@ class GridPolicy:
         index, share = self.grid.neighbours(self.coordinates(states))
         return (self.values[step][index] * share).sum(1)
 
-    def _log_policy(self, step: int, nodes: Int[Tensor, "*n"], kinds: Int[Tensor, "*k"]) -> Float[Tensor, "*nk"]:
-        """log pi_t(k|node) of nodes and kinds that fit each other by broadcasting."""
-        column, share = (x[nodes, kinds] for x in self._following)
-        ahead = (self.values[step + 1][column] * share).sum(-1)
-        return self._gains[nodes, kinds] + ahead - self.values[step][nodes]
+    def _log_policy(self, step: int, nodes: Int[Tensor, "n m"], kinds: Int[Tensor, " n"] | None = None) -> Tensor:
+        """log pi_t(k|node) of all kinds ``[n, m, K]``, or of one each ``[n, m]``."""
+        gains, columns, shares, now = self._gains, *self._following, self.values[step][nodes]
+        if kinds is None:
+            now = now.unsqueeze(-1)
+        else:
+            nodes = nodes * self.actions.num + kinds.unsqueeze(1)
+            gains, columns, shares = (x.flatten(0, 1) for x in (gains, columns, shares))
+        ahead = (self.values[step + 1].take(columns[nodes]) * shares[nodes]).sum(-1)
+        return gains[nodes] + ahead - now
 
 
 class GridLearner:

@@ -24,6 +24,9 @@ from pirl.simulators.playing import asked, checked_ends, checked_states, known_e
 from pirl.simulators.protocols import Generator, check_policy
 from pirl.simulators.rollouts import paying
 
+_STARTS = 16
+"""So many starts are drawn for each particle, and chosen among by what they promise: first states are luck as well."""
+
 Reward = Tensor | Callable[[Tensor, Tensor], Tensor]
 """A table ``[S, A]`` or ``[S, 1]`` of numbered states, or a function of states ``[n, ds]`` and actions ``[n, da]``."""
 
@@ -169,8 +172,8 @@ def tilt(
     if not fits:
         expected = "a function of vectors" if known is None else f"a table {list(known.shape)} or [{len(known)}, 1]"
         raise InvalidRewardError(f"the reward is {form(reward)}; expected {expected}")
-    steps = list[int]()
-    laws = _laws(simulator, policy, reward, base, generator, steps)
+    steps, starts = list[int](), list[Tensor]()
+    laws = _laws(simulator, policy, reward, base, generator, steps, starts)
     runs = smc_trajectories(laws, simulator.horizon, -(-num // num_runs), num_runs, threshold, generator)
     # Equal weights: first runs are drawn by their Z-hat, then particles within each by their weights. Neighbours share
     # ancestors, and are shuffled, so that any part of the draws is as good as another.
@@ -185,8 +188,9 @@ def tilt(
     worth = min(_efficiency(gains[..., :k].sum(-1), runs.log_weights) for k in (early, gains.shape[-1]))
     worth = min(1.0, worth / (num_runs * float(runs.log_partition.softmax(0).square().sum())))
     # A reward that pays late tells nothing of early steps, for which another one may pay: those are as many as the
-    # first particles that have descendants.
-    worth = min(worth, _families(runs.ancestors, weight.unflatten(0, runs.returns.shape)) / weight.numel())
+    # starts that have descendants.
+    first = starts[0].gather(1, runs.ancestors)
+    worth = min(worth, _families(first, weight.unflatten(0, runs.returns.shape)) / weight.numel())
     spread = (runs.log_partition - log_mean_exp(runs.log_partition)).exp()
     # The relative spread of a few Z-hats is bounded; that of their logarithms is not.
     error = max(float(spread.std()), float(runs.log_partition.std())) / math.sqrt(num_runs)
@@ -222,9 +226,9 @@ def _efficiency(values: Float[Tensor, "R n"], log_weights: Float[Tensor, "R n"])
     return min(1.0, (within + between) / between / values.shape[1])
 
 
-def _families(ancestors: Int[Tensor, "R n"], weight: Float[Tensor, "R n"]) -> float:
-    """Effective number of first particles, by the weight of those that descend from each."""
-    share = torch.zeros_like(weight).scatter_add(1, ancestors, weight)
+def _families(starts: Int[Tensor, "R n"], weight: Float[Tensor, "R n"]) -> float:
+    """Effective number of starts, by the weight of the particles that descend from each."""
+    share = weight.new_zeros(len(weight), int(starts.max()) + 1).scatter_add(1, starts, weight)
     return 1 / float(share.square().sum())
 
 
@@ -235,12 +239,19 @@ def _lengths(actions: Tensor) -> Int[Tensor, " n"]:
 
 
 def _laws(
-    simulator: Simulator, policy: ValuedPolicy, reward: Reward, base: Policy, generator: Generator, steps: list[int]
+    simulator: Simulator,
+    policy: ValuedPolicy,
+    reward: Reward,
+    base: Policy,
+    generator: Generator,
+    steps: list[int],
+    starts: list[Tensor],
 ) -> Particles:
     """The simulator's laws with this policy; numbered states are -1 after a terminal state's no-op.
 
     Args:
         steps: how many steps the simulator is asked for, each time, is noted here.
+        starts: which start each first particle is, of those that were drawn, likewise ``[R, n]``.
     """
 
     def each(function: Callable[..., Tensor], fill: float, *particles: Tensor, living: Tensor) -> Tensor:
@@ -258,9 +269,15 @@ def _laws(
         return (states >= 0) & ~at_end
 
     def reset(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        num = shape[0] * shape[1]
-        states = asked("reset", lambda: checked_states(simulator.reset(num, generator), num)).unflatten(0, shape)
-        return states, zeros(states, 0)
+        runs, many = shape[0], _STARTS * shape[1]
+        found = asked("reset", lambda: checked_states(simulator.reset(runs * many, generator), runs * many))
+        states = found.unflatten(0, (runs, many))
+        promise = twist(0, states)
+        chosen = systematic(promise.softmax(-1), generator, shape[1])
+        starts.append(chosen)
+        # Mean exp(promise) of what was drawn, for exp(promise) of each that was chosen: unbiased for any twist.
+        ratio = log_mean_exp(promise).unsqueeze(1) - promise.gather(1, chosen)
+        return states[torch.arange(runs, device=states.device).unsqueeze(1), chosen], ratio
 
     def zeros(states: Tensor, t: int) -> Tensor:
         """In the precision of the policy's values."""

@@ -407,3 +407,49 @@ def test_errors_of_constants_count_in_effective_samples() -> None:
     weights = torch.where(sign > 0, exact.log_ratio, -torch.inf)
     assert abs(float(exact.judge(weights).ess) - 50) < 1e-6
     assert abs(float(exact.judge(weights).standard_error) - math.hypot(error, math.sqrt(1 / 100 * 100 / 99))) < 1e-3
+
+
+class _Scattered:
+    """Starts of a wide normal law, one decision that does not matter."""
+
+    horizon = 1
+
+    def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        return 3 * torch.randn(num, 1, generator=generator, dtype=torch.float64)
+
+    def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return states
+
+
+class _Knowing:
+    """The base policy, and what the start is worth."""
+
+    def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randint(2, (len(states), 1), generator=generator).to(states)
+
+    def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
+        return torch.full((len(states),), -math.log(2), dtype=states.dtype)
+
+    def value(self, states: Tensor, step: int) -> Tensor:
+        return -5 * states[:, 0].square()
+
+
+def test_starts_are_chosen_among_sixteen_times_as_many() -> None:
+    """Z is a mean over starts: its relative variance is CV^2 / (16 n), and no start is chosen twice.
+
+    For r = -c s^2 / 2 and starts N(0, 9), Z = (1 + 9 c)^(-1/2) and E[w^2] = (1 + 18 c)^(-1/2). The likeliest start of
+    16 n is chosen n / (16 n Z) = .6 times on average, here at most once. Of the n starts alone, 1 in 7 would count.
+    """
+    policy, generator = _Knowing(), torch.Generator().manual_seed(0)
+    z, square = 91**-0.5, 181**-0.5
+    found, worth = [], []
+    for _ in range(200):
+        _, proposal = tilt(_Scattered(), policy, lambda s, a: -5 * s[:, 0].square(), 100, generator, base=policy)
+        worth.append(proposal.efficiency)
+        found.append(math.exp(proposal.log_partition) / z)
+    # All particles count, but for what five runs' means of the reward differ by chance; by the starts alone, 1 in 7.
+    assert sum(worth) / 200 > 0.7
+    spread = math.sqrt((square / z**2 - 1) / 1600)
+    assert abs(sum(found) / 200 - 1) < 4 * spread / math.sqrt(200)
+    # The sd of 200 values has a relative error of about 1 / sqrt(400); by the n starts alone it would be 4 times this.
+    assert 0.8 < float(torch.tensor(found).std()) / spread < 1.2

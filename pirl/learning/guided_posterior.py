@@ -131,6 +131,7 @@ def bayesian_guided_cost(
         num_rollouts: of each policy.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
             of its own roll-outs. Their weights do not depend on luck, but they share ancestors, and count for as few.
+            They are worth it where starts vary: a policy cannot choose its start, and particles can.
         progress: show the rounds, and how the engine goes, in terminals and notebooks only.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
