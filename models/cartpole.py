@@ -104,12 +104,15 @@ def _recorded(num: int, horizon: int) -> pirl.ContinuousTrajectories | None:
 
 
 def _made(learner: GridLearner, num: int, seed: int) -> pirl.ContinuousTrajectories:
-    """Particles of the tilted law of :data:`COSTS`."""
+    """One particle each of the tilted law of :data:`COSTS`: those of one call share ancestors."""
     costs = torch.tensor(list(COSTS.values()), dtype=torch.float64).exp()
     reward = pirl.FeatureReward(features, costs)
     generator = torch.Generator().manual_seed(seed)
-    drawn, _ = tilt(learner.simulator, learner.update(reward), reward, 200 * num, generator, base=learner.base)
-    return pirl.ContinuousTrajectories(drawn.states[::200], drawn.actions[::200])
+    policy = learner.update(reward)
+    drawn = [tilt(learner.simulator, policy, reward, 200, generator, base=learner.base)[0] for _ in range(num)]
+    return pirl.ContinuousTrajectories(
+        torch.cat([x.states[:1] for x in drawn]), torch.cat([x.actions[:1] for x in drawn])
+    )
 
 
 def reference() -> dict[str, Any] | None:

@@ -181,8 +181,8 @@ def test_the_cart_pole_posterior_finds_the_costs_of_its_own_demonstrators(monkey
         draws = posterior.posterior[name].values
         low, high = np.quantile(draws, [0.001, 0.999])
         assert low < true < high
-        # The demonstrations say something: the prior's standard deviation is 2.
-        assert draws.std() < 1.8
+    # The prior's standard deviation is 2. In 30 steps the cart hardly leaves its place, whose cost stays unknown.
+    assert posterior.posterior["log_tilt_cost"].std() < 0.5
 
 
 @pytest.mark.slow
