@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError, OptionError, SimulatorError, check_counts, form
+from pirl.errors import InvalidRewardError, OptionError, PartitionError, SimulatorError, check_counts, form
 from pirl.partition import Particles, log_mean_exp, smc_trajectories
 from pirl.partition.sequential import systematic
 from pirl.simulators import EpisodeSimulator, Policy, Rollouts, Simulator, log_density
@@ -124,6 +124,8 @@ def tilt(
     threshold: float = 0.5,
 ) -> tuple[Rollouts, TiltedProposal]:
     """Draw trajectories of p(tau | O) for a reward, approximately, by particles.
+
+    Their starts are chosen among sixteen times as many of ``simulator.reset``, by the policy's ``value``.
 
     Args:
         simulator: with a stateless ``step``, so that a particle can go on where another one was.
@@ -273,6 +275,10 @@ def _laws(
         found = asked("reset", lambda: checked_states(simulator.reset(runs * many, generator), runs * many))
         states = found.unflatten(0, (runs, many))
         promise = twist(0, states)
+        if promise.shape != (runs, many):
+            raise PartitionError(
+                f"policy.value gave {form(promise)} for {runs * many} states: expected one number each"
+            )
         chosen = systematic(promise.softmax(-1), generator, shape[1])
         starts.append(chosen)
         # Mean exp(promise) of what was drawn, for exp(promise) of each that was chosen: unbiased for any twist.

@@ -249,6 +249,35 @@ def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
     assert lacks[0] == 0 and lacks[-1] > 1 and more[0] < 0.1 and more[-1] > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_demonstrations_far_from_the_pool_leave_a_slope(dtype: torch.dtype) -> None:
+    """A thousand nats likelier, or less likely, than samples: beyond what exp and log survive."""
+    mdp, _, _ = problem(0.0, num=1)
+    base = base_policy(mdp)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 50, torch.Generator().manual_seed(0)), base, base)
+    for odds in (1000.0, -1000.0):
+        given = torch.tensor([odds, odds - 1], dtype=dtype, requires_grad=True)
+        found = pool.log_ess_of(given)
+        found.backward()
+        share = torch.softmax(given.detach(), 0)
+        expected = math.log(50) - odds - math.log((1 + math.exp(-1)) / 2)
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-6 if dtype == torch.float32 else 1e-12)
+        # float32 keeps a thousand to 3e-5.
+        assert given.grad is not None and torch.allclose(given.grad, -share, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:log Z is not known well enough")
+def test_a_round_begins_anew_where_the_last_ones_draw_has_no_density() -> None:
+    mdp, features, demos = problem(0.1, num=5)
+    base = base_policy(mdp)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 500, torch.Generator().manual_seed(0)), base, base)
+    given, start = (demos, pool, features), {"init": {"weights": torch.full((3,), torch.inf)}}
+    found = guided_posterior._guide(model, given, "laplace", 0, guided_posterior._QUICK, start)
+    expected = guided_posterior._guide(model, given, "laplace", 0, guided_posterior._QUICK, {})
+    assert found.attrs["engine"] == "laplace"
+    np.testing.assert_array_equal(found.posterior["weights"], expected.posterior["weights"])
+
+
 def test_the_rounds_posterior_is_the_models_where_the_gate_is_met() -> None:
     """However large the pool: held back, it would stop where it is held, look known there, and leave it at the end.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pirl
 from pirl.envs import gridworld, gridworld_features
-from pirl.errors import OptionError, SimulatorError
+from pirl.errors import OptionError, PartitionError, SimulatorError
 from pirl.linear_gaussian import LinearGaussian
 from pirl.message_passing import messages
 from pirl.particles import TiltedProposal, returns, tilt
@@ -432,6 +432,15 @@ class _Knowing:
 
     def value(self, states: Tensor, step: int) -> Tensor:
         return -5 * states[:, 0].square()
+
+
+def test_a_value_of_another_shape_is_named() -> None:
+    class Column(_Knowing):
+        def value(self, states: Tensor, step: int) -> Tensor:
+            return states
+
+    with pytest.raises(PartitionError, match=r"policy.value gave .*\(2, 160, 1\) for 320 states: expected one number"):
+        tilt(_Scattered(), Column(), lambda s, a: s[:, 0], 20, base=_Knowing(), num_runs=2)
 
 
 def test_starts_are_chosen_among_sixteen_times_as_many() -> None:

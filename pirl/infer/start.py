@@ -56,7 +56,10 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
         if not isinstance(init, str):
             dtype = torch.get_default_dtype()
             given = {name: torch.as_tensor(init[name], dtype=dtype) for name in potential.latent if name in init}
-            z = potential.unconstrain(given)
+            try:
+                z = potential.unconstrain(given)
+            except NO_DENSITY as error:
+                raise NonFiniteError(f"the model has no density at the start that init gives: {error}") from error
         elif init == "prior":
             z = potential.prior_draw()
         else:

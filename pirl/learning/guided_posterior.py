@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, counted, form
+from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionError, check_counts, counted, form
 from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
@@ -255,7 +255,7 @@ def guided_pool(
                 ]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
-                posterior = _guide(near, given(), guide, seed + number, _from(posterior, guide) | quick)
+                posterior = _guide(near, given(), guide, seed + number, quick, _from(posterior, guide))
             trusted = bool(posterior.attrs["partition_trusted"])
             history["ess"].append(posterior.attrs["partition_ess"])
             history["pareto_k"].append(posterior.attrs["partition_pareto_k"])
@@ -298,15 +298,22 @@ def _from(posterior: xarray.DataTree | None, guide: str) -> dict[str, Any]:
 
 
 def _guide(
-    model: Callable[..., Any], given: tuple[Any, ...], engine: str, seed: int, options: Mapping[str, Any]
+    model: Callable[..., Any],
+    given: tuple[Any, ...],
+    engine: str,
+    seed: int,
+    options: Mapping[str, Any],
+    start: Mapping[str, Any],
 ) -> xarray.DataTree:
     """A fast posterior; a few short chains where the mode has no Gaussian shape, as with a pool on its way."""
     try:
-        return fit(model, *given, engine=engine, seed=seed, progress=False, **options)
-    except ModelError:
-        if engine != "laplace" or options.keys() - _QUICK.keys() - {"init", "num_starts"}:
+        return fit(model, *given, engine=engine, seed=seed, progress=False, **{**start, **options})
+    except ModelError as error:
+        if start and isinstance(error, NonFiniteError):  # the last round's draw need not do for this round's pool
+            return _guide(model, given, engine, seed, options, {})
+        if engine != "laplace" or options.keys() - _QUICK.keys():
             raise
-        few = {**{name: options[name] for name in _QUICK}, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
+        few = {**options, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
         return fit(model, *given, seed=seed, progress=False, **few)
 
 
@@ -346,7 +353,7 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
             ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
             lacking = (math.log(min(_LEAST_SHARE * len(law.pool), _FEW)) - ess).clamp_min(0.0)
             count = num_observed(law, seen)
-            by_demos = law.pool.ess_of(log_odds(law, seen).reshape(-1)).log()
+            by_demos = law.pool.log_ess_of(log_odds(law, seen).reshape(-1))
             fused = torch.nn.functional.softplus(math.log(count) - by_demos)
             pyro.factor(f"{name}_near_samples", -count * (lacking.square().sum() + fused))
 

@@ -270,7 +270,11 @@ class Pool:
             log_odds: log p(tau | O) - log q(tau) of each demonstration: its log density under the model, and
                 :meth:`ratio_of`.
         """
-        return (math.log(len(self)) - log_mean_exp(log_odds)).exp() * self.efficiency
+        return self.log_ess_of(log_odds).exp()
+
+    def log_ess_of(self, log_odds: Float[Tensor, "*batch M"]) -> Float[Tensor, "*batch"]:
+        """Its logarithm, which is finite, and has a slope, however far the demonstrations are from the samples."""
+        return math.log(len(self) * self.efficiency) - log_mean_exp(log_odds)
 
     @property
     def table(self) -> Tensor:

@@ -199,10 +199,12 @@ def _together(sites: list[_Site]) -> PartitionQuality:
     moved: dict[int, Tensor] = {}  # the sum of log Z over what a pool explains: by one error for all of it, at most
     for pool, explained, estimate in sites:
         of_pool[id(pool)] = of_pool.get(id(pool), 0) + explained
-        moved[id(pool)] = moved.get(id(pool), torch.zeros(())) + explained * estimate.standard_error.amax(1).cpu()
+        error = explained * estimate.standard_error.amax(1).cpu()
+        moved[id(pool)] = moved[id(pool)] + error if id(pool) in moved else error
     total, squares = sum(of_pool.values()), sum(n * n for n in of_pool.values())
     estimates = [site.estimate for site in sites]
-    inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64)
+    # On the CPU, wherever the model's tensors are made.
+    inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64, device="cpu")
     for pool, explained, estimate in sites:
         inverse += explained * of_pool[id(pool)] * (1 / estimate.ess.double()).amax(1).cpu()
     khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0) for estimate in estimates], 1).amax(1)
