@@ -1,12 +1,13 @@
 """Do intervals of posteriors with a sampled log Z cover, and agree with exact ones? Truths from the prior: figures.
 
-    python -m tests.benchmarks.sampled_coverage [gridworld|linear_gaussian] [--worlds 100] [--jobs 1] [--out FILE]
+    python -m tests.benchmarks.sampled_coverage [gridworld|linear_gaussian] [--worlds 60] [--jobs 1] [--out FILE]
 
 Bayesian guided cost learning, in problems whose log Z is known: a 5 x 5 gridworld with chance (slip 0.1, three kinds of
 ground, 10 decisions, 20 demonstrations) and a puck that is pushed home (two log costs, 6 decisions, 5 demonstrations).
 Coverage of central 90% intervals with the 99% band of a binomial, Bonferroni-corrected over the parameters; and how far
 means and standard deviations are from those of the posterior with exact log Z. A world takes most of a minute, and is
-told when it is done; with ``--out`` it is written as a line of JSON, and not run again.
+told when it is done; with ``--out`` it is written as a line of JSON, and not run again. What was measured so far is in
+tests/benchmarks/sampled_coverage.jsonl.
 """
 
 from __future__ import annotations
@@ -122,9 +123,18 @@ def world(job: tuple[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    """What is written there; a last line that was cut short, by a run that was ended, is taken out."""
+    whole = out.read_text()
+    if not whole.endswith("\n"):
+        whole = whole[: whole.rfind("\n") + 1]
+        out.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def worlds(problem: str, count: int, jobs: int, out: Path | None) -> list[dict[str, Any]]:
     """All worlds, those that ``out`` has already not run again; each is told, and saved, as soon as it is done."""
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out and out.exists() else []
+    lines = read(out) if out and out.exists() else []
     results = [line for line in lines if line["problem"] == problem and line["seed"] < count]
     left = sorted(set(range(count)) - {line["seed"] for line in results})
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -142,7 +152,7 @@ def main() -> None:
     """Run the worlds."""
     parser = argparse.ArgumentParser(description="Coverage of sampled posteriors.")
     parser.add_argument("problem", choices=list(PROBLEMS), nargs="?", default="gridworld")
-    parser.add_argument("--worlds", type=int, default=100)
+    parser.add_argument("--worlds", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a file of JSON lines, to go on from")
     arguments = parser.parse_args()
