@@ -26,6 +26,9 @@ from pirl.transitions import TransitionMap
 Reward = Callable[[Tensor, Tensor], Tensor]
 """(states [n, ds], actions [n, da]) -> [n]."""
 
+_LARGEST = 2**22
+"""Numbers of one table, at most: 32 MB in double precision."""
+
 
 class Grid:
     """Nodes of a box, and the neighbours of any point by multilinear interpolation.
@@ -198,8 +201,11 @@ class GridPolicy:
             return self.actions.middle[:0].to(states)
         check_generator(generator)
         index, share = self.grid.neighbours(self.coordinates(states))
-        of_node = self._log_policy(step, index)
-        kind = torch.multinomial((of_node.exp() * share.unsqueeze(2)).sum(1), 1, generator=generator).squeeze(1)
+        # A row takes as many numbers as it has neighbours, actions, and neighbours of what those lead to.
+        rows = max(_LARGEST // (index.shape[1] * self.actions.num * self._following[0].shape[-1]), 1)
+        parts = zip(index.split(rows), share.split(rows), strict=True)
+        chance = torch.cat([(self._log_policy(step, i).exp() * s.unsqueeze(2)).sum(1) for i, s in parts])
+        kind = torch.multinomial(chance, 1, generator=generator).squeeze(1)
         return self.actions.draw(kind, generator)
 
     def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Float[Tensor, " n"]:

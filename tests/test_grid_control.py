@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pirl
 from models import cartpole, pendulum
+from pirl import grid_control
 from pirl.errors import InvalidRewardError, OptionError
 from pirl.grid_control import Actions, Grid, GridLearner, UniformPolicy
 from pirl.message_passing import log_policy_to_go
@@ -42,6 +43,18 @@ def test_angles_wrap() -> None:
         found = (function(grid.nodes[:, 0])[index] * share).sum(1)
         # Linear interpolation is off by at most h^2 / 8 times the second derivative, which is at most 1.
         assert float((found - function(points[:, 0])).abs().max()) <= (math.pi / 4) ** 2 / 8 + 1e-12
+
+
+def test_memory_is_bounded_and_draws_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = learner(41, 9).update(cost)
+    states = torch.linspace(-4, 4, 101, dtype=torch.float64).unsqueeze(1)
+    sizes, of_nodes = list[int](), policy._log_policy
+    monkeypatch.setattr(policy, "_log_policy", lambda step, nodes: sizes.append(len(nodes)) or of_nodes(step, nodes))
+    drawn = []
+    for largest in (2**22, 2 * 9 * 2 * 10):  # two neighbours, nine actions, two neighbours of each next state
+        monkeypatch.setattr(grid_control, "_LARGEST", largest)
+        drawn.append(policy.sample(states, 0, torch.Generator().manual_seed(0)))
+    assert torch.equal(*drawn) and sizes == [101, *[10] * 10, 1]
 
 
 class Line:

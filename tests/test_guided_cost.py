@@ -249,6 +249,28 @@ def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
     assert lacks[0] == 0 and lacks[-1] > 1 and more[0] < 0.1 and more[-1] > 1
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_rounds_model_of_groups_is_that_of_each(groups: int) -> None:
+    """Rewards of their own for each group of demonstrations: what one group lacks is no other's."""
+    mdp, features, demos = problem(0.1, num=5 * groups)
+    base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
+    pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 400, generator), base, base)
+    weights = torch.tensor([0.5, 3.0, 8.0], dtype=torch.float64)[:groups, None, None] * TRUTH
+
+    def together(weights: Tensor, demos: Tensor) -> None:
+        with pyro.plate("group", len(weights), dim=-2), pyro.plate("episode", 5, dim=-1):
+            law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights))
+            pyro.sample("trajectories", law, obs=demos)
+
+    def likelihood(x: Any, *args: Any) -> float:
+        return float(pyro.poutine.trace(guided_posterior._near_samples(x)).get_trace(*args).log_prob_sum())
+
+    table = demos.as_tensor().unflatten(0, (groups, 5))
+    each = [likelihood(together, weights[g : g + 1], table[g : g + 1]) for g in range(groups)]
+    # Sums of a few dozen terms in float64.
+    assert likelihood(together, weights, table) == pytest.approx(sum(each), rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_demonstrations_far_from_the_pool_leave_a_slope(dtype: torch.dtype) -> None:
     """A thousand nats likelier, or less likely, than samples: beyond what exp and log survive."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import torch
+from jaxtyping import Float
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
 from pirl.posterior.draws import drawn_of
-from pirl.posterior.from_samples import log_odds, num_observed
+from pirl.posterior.from_samples import log_odds
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
 from pirl.simulators.finite import cloned_policy
@@ -352,12 +353,21 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
         for name, (law, seen) in laws.found.items():
             ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
             lacking = (math.log(min(_LEAST_SHARE * len(law.pool), _FEW)) - ess).clamp_min(0.0)
-            count = num_observed(law, seen)
-            by_demos = law.pool.log_ess_of(log_odds(law, seen).reshape(-1))
-            fused = torch.nn.functional.softplus(math.log(count) - by_demos)
-            pyro.factor(f"{name}_near_samples", -count * (lacking.square().sum() + fused))
+            odds = _by_reward(log_odds(law, seen), ess.shape)
+            count = odds.shape[-1]
+            fused = torch.nn.functional.softplus(math.log(count) - law.pool.log_ess_of(odds))
+            pyro.factor(f"{name}_near_samples", -count * (lacking.square().sum() + fused.sum()))
 
     return bounded
+
+
+def _by_reward(odds: Float[Tensor, "*batch"], rewards: torch.Size) -> Float[Tensor, "G M"]:
+    """What belongs to each reward of a batch, whose shape is 1 along the plate of the demonstrations."""
+    rewards = torch.Size([1] * (odds.dim() - len(rewards)) + list(rewards))
+    odds = odds.expand(torch.broadcast_shapes(odds.shape, rewards))
+    own = [dim for dim, size in enumerate(rewards) if size > 1]
+    groups = math.prod(rewards)
+    return odds.movedim(own, list(range(len(own)))).reshape(groups, odds.numel() // groups)
 
 
 class _Laws(Messenger):
