@@ -24,7 +24,7 @@ from pirl.partition import (
     trusted_k,
     untrusted,
 )
-from pirl.partition.gates import check_log_weights
+from pirl.partition.gates import check_log_weights, pareto_k
 
 OUTCOMES = 6
 
@@ -125,6 +125,33 @@ def test_multilevel_refuses_heavy_tails() -> None:
 
     with pytest.raises(PartitionError, match=r"k-hat 0\.\d+.* only below 0\.4"):
         multilevel(draw, 2_000, generator=generator)
+
+
+def in_lumps(generator: torch.Generator, size: int) -> Tensor:
+    """Weights from 1 to 2, of which most of the largest few hundred are 1.5, to a few parts in ten thousand."""
+    weights = 1 + 0.5 * torch.rand(size, generator=generator, dtype=torch.float64)
+    weights[:300] = 1.5 + 1e-4 * torch.rand(300, generator=generator, dtype=torch.float64)
+    weights[300:400] = 1.5 + 0.5 * torch.rand(100, generator=generator, dtype=torch.float64)
+    return weights.log()
+
+
+def test_lumps_of_weights_are_no_heavy_tail() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        weights = in_lumps(generator, 16_000)  # of which 379 are the tail
+        # No weight is more than twice another: the largest mean log of ratios above 1.5 is that of 100 up to 2 and the
+        # rest at 1.5.
+        assert float(pareto_k(weights)) < 100 / 379 * math.log(2 / 1.5) + 1e-4
+
+
+@pytest.mark.parametrize("index", [0.3, 0.7, 1.0])
+def test_heavy_tails_are_found(index: float) -> None:
+    """Of Pareto weights, whose index is known: the fit of M tail weights has a standard error of (1 + k) / sqrt(M)."""
+    generator, size, tries = torch.Generator().manual_seed(0), 10_000, 20
+    weights = -index * torch.rand(tries, size, generator=generator, dtype=torch.float64).log()
+    found, error = pareto_k(weights), (1 + index) / math.sqrt(3 * math.sqrt(size))
+    # The smaller of two estimates, the other one's error smaller, is lower by less than one error.
+    assert index - error - 4 * error / math.sqrt(tries) < float(found.mean()) < index + 4 * error / math.sqrt(tries)
 
 
 # ------------------------------------------------------------------------------------------------------- particles

@@ -24,8 +24,9 @@ from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
 from pirl.infer.progress import progress_bar
+from pirl.learning.growth import Growth
 from pirl.local_control import LocalLearner
-from pirl.particles import ValuedPolicy, can_tilt, tilt
+from pirl.particles import can_tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
@@ -65,7 +66,8 @@ class GuidedPosterior(NamedTuple):
     pool: Any
     """All roll-outs, a :class:`pirl.Pool` (or a list of them): other models of the same demonstrations may use it."""
     history: Mapping[str, Sequence[float]]
-    """By name, and by round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted" (1 or 0)."""
+    """By name, and by round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted" (1 or 0), and
+    whether it added "particles" (1) or roll-outs (0)."""
 
     def __repr__(self) -> str:
         attrs = self.posterior.attrs
@@ -103,7 +105,7 @@ def bayesian_guided_cost(
     num_rollouts: int = 500,
     seed: int = 0,
     progress: bool = True,
-    particles: bool = False,
+    particles: bool | None = None,
     guide_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> GuidedPosterior:
@@ -132,7 +134,8 @@ def bayesian_guided_cost(
         num_rollouts: of each policy.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
             of its own roll-outs. Their weights do not depend on luck, but they share ancestors, and count for as few.
-            They are worth it where starts vary: a policy cannot choose its start, and particles can.
+            None: one policy of each round is tried both ways (half as many samples the other way), and the next round
+            adds particles where those counted for more than twice as much.
         progress: show the rounds, and how the engine goes, in terminals and notebooks only.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
@@ -182,7 +185,7 @@ def guided_pool(
     num_policies: int = 4,
     num_rollouts: int = 500,
     seed: int = 0,
-    particles: bool = False,
+    particles: bool | None = None,
     guide_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> GuidedPool:
@@ -194,7 +197,7 @@ def guided_pool(
         >>> simulator = pirl.simulators.TabularSimulator(world)
         >>> found = guided_pool(sampled_model, walks[:2], simulator, marks)
         >>> found.pool.horizon, sorted(found.history)
-        (8, ['ess', 'pareto_k', 'samples', 'trusted'])
+        (8, ['ess', 'pareto_k', 'particles', 'samples', 'trusted'])
     """
     check_counts(1, num_rounds=num_rounds, num_policies=num_policies)
     check_counts(4, num_rollouts=num_rollouts)
@@ -233,7 +236,8 @@ def guided_pool(
         check_explained(pool, group)
     pools = [_with_imitation(*each, num_rollouts, generator) for each in zip(pools, simulators, watched, strict=True)]
     quick = {**_QUICK, **(guide_options or {})}
-    history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted")}
+    growth = Growth(base, num_rollouts, particles, generator)
+    history: dict[str, list[float]] = {name: [] for name in ("ess", "pareto_k", "samples", "trusted", "particles")}
     near, posterior = _near_samples(model), None
 
     def given() -> tuple[Any, ...]:
@@ -248,12 +252,11 @@ def guided_pool(
         ) from error
     with progress_bar("guided cost learning", num_rounds, progress) as update:
         for number in range(num_rounds):
-            for reward in rewards:
+            history["particles"].append(float(growth.particles))
+            for at, reward in enumerate(rewards):
                 policy = policy_step(reward, generator)
-                pools = [
-                    _add(pool, each, policy, reward, num_rollouts, generator, base, particles)
-                    for pool, each in zip(pools, simulators, strict=True)
-                ]
+                pools = growth.add(pools, simulators, policy, reward, may_try=at == 0)
+            growth.decide()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
                 posterior = _guide(near, given(), guide, seed + number, quick, _from(posterior, guide))
@@ -316,25 +319,6 @@ def _guide(
             raise
         few = {**options, "num_chains": 16, "num_warmup": 60, "num_samples": 20}
         return fit(model, *given, seed=seed, progress=False, **few)
-
-
-def _add(
-    pool: Pool,
-    simulator: Any,
-    policy: Policy,
-    reward: Any,
-    num_rollouts: int,
-    generator: Generator,
-    base: Policy,
-    particles: bool,
-) -> Pool:
-    """A pool with roll-outs of a policy, or with particles that it guides."""
-    valued = isinstance(policy, ValuedPolicy) and can_tilt(simulator)
-    if particles and not valued:
-        raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
-    if isinstance(policy, ValuedPolicy) and particles:
-        return pool.add(*tilt(simulator, policy, reward, num_rollouts, generator, base=base))
-    return pool.add(roll_out(simulator, policy, num_rollouts, generator), policy)
 
 
 def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,7 +88,7 @@ def with_a_puck(seed: int) -> tuple[Any, Any, Tensor]:
     table = torch.cat([states, torch.nn.functional.pad(actions, (0, 0, 0, 1))], -1)
     found = bayesian_guided_cost(
         puck_model, pirl.ContinuousTrajectories(states, actions), system, base=system.base_policy, num_rollouts=2000,
-        seed=seed, particles=True, **FEW,
+        seed=seed, **FEW,
     )  # fmt: skip
     return found.posterior, pirl.fit(puck.model, table, system, seed=seed, **FEW), truth
 
