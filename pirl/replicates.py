@@ -22,7 +22,7 @@ from pirl.convergence import ess_bulk, rhat
 from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError, form
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
-from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_error
+from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_errors
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior.draws import rewards_at, trajectory_laws
@@ -149,14 +149,12 @@ class Study:
 
     def _draw(self) -> Truth:
         try:
-            trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
+            with own_errors():
+                trace = pyro.poutine.trace(pyro.poutine.uncondition(self.model)).get_trace(*self.args, **self.kwargs)
         except NotImplementedError as error:
             raise ModelError(f"a prior cannot be drawn from, as of an improper one: {_line(error)}") from error
-        except (*NO_DENSITY, PirlError, RuntimeError) as error:  # it says itself what is wrong, as in a fit
-            said = own_error(error)
-            if said is None:
-                raise
-            raise said from said.__cause__
+        except (*NO_DENSITY, PirlError, RuntimeError):  # it says itself what is wrong, as in a fit
+            raise
         except Exception as error:
             if self.draw_data is not None:
                 raise

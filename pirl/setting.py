@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from pirl.infer.engine import own_generator
 
 
 class Setting(NamedTuple):
-    """Arguments of a model, moved to where it runs."""
+    """Arguments of a model, moved to where it runs; also those that lists, tuples and dictionaries hold."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
         dtype: torch.dtype | None = None,
     ) -> Setting:
         """Take device and dtype from the first argument that has one, unless given; float64 on the CPU without any."""
-        everything = [*args, *kwargs.values()]
+        everything = list(_leaves([*args, *kwargs.values()]))
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise OptionError(f"dtype is {dtype!r}: use torch.float64 or torch.float32")
         moving = device is not None or dtype is not None
@@ -41,16 +41,14 @@ class Setting(NamedTuple):
         dtype = dtype or torch.float64
         device = device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu"
         device = _own_device(device)
-        return cls(
-            tuple(_moved(value, device, dtype, moving) for value in args),
-            {name: _moved(value, device, dtype, moving) for name, value in kwargs.items()},
-            device,
-            dtype,
-        )
+        moved = _changed((tuple(args), dict(kwargs)), lambda value: _moved(value, device, dtype, moving), {})
+        return cls(moved[0], moved[1], device, dtype)
 
     def unobserved(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with which the model simulates: nothing of the demonstrations but their plan."""
-        return _unobserved(self.args), dict(zip(self.kwargs, _unobserved(self.kwargs.values()), strict=True))
+        return _changed(
+            (self.args, self.kwargs), lambda value: value.unobserved() if hasattr(value, "unobserved") else value, {}
+        )
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -102,8 +100,29 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) ->
     return value
 
 
-def _unobserved(values: Iterable[Any]) -> tuple[Any, ...]:
-    return tuple(value.unobserved() if hasattr(value, "unobserved") else value for value in values)
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lists, tuples and dictionaries hold, and what they in turn hold."""
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _changed(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
+    """The same with every leaf changed; what is there twice is changed once, and stays one object."""
+    if id(value) not in done:
+        if isinstance(value, dict):
+            new: Any = {name: _changed(item, change, done) for name, item in value.items()}
+            same = all(new[name] is item for name, item in value.items())
+        elif isinstance(value, (list, tuple)):
+            items = [_changed(item, change, done) for item in value]
+            new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            same = all(a is b for a, b in zip(items, value, strict=True))
+        else:
+            new, same = change(value), False
+        done[id(value)] = value, value if same else new  # kept, so that its id is not another one's
+    return done[id(value)][1]
 
 
 def bound(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

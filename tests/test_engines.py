@@ -570,6 +570,25 @@ def test_unknown_names_are_listed() -> None:
         fit(regression, *regression_data(), init="zero")
 
 
+def test_starts_name_every_latent_site_and_nothing_else() -> None:
+    """Those of a posterior's draw do, with deterministic sites among them."""
+
+    def model(data: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2 * mean)
+        pyro.sample("data", dist.Normal(mean, 1.0), obs=data)
+
+    found = fit(model, torch.tensor(1.0), engine="laplace", seed=0, **FEW)
+    start = {str(name): torch.as_tensor(x.values[0, 0]) for name, x in found.posterior.data_vars.items()}
+    assert set(start) == {"mean", "twice"}
+    for engine in ("laplace", "nuts"):
+        fit(model, torch.tensor(1.0), engine=engine, init=start, seed=0, **FEW)
+        with pytest.raises(errors.OptionError, match="init has a value of 'maen': the latent sites are mean"):
+            fit(model, torch.tensor(1.0), engine=engine, init={**start, "maen": start["mean"]}, seed=0, **FEW)
+        with pytest.raises(errors.OptionError, match="init has no value of mean"):
+            fit(model, torch.tensor(1.0), engine=engine, init={"twice": start["mean"]}, seed=0, **FEW)
+
+
 def test_engines_return_draws_of_every_site_without_fit() -> None:
     """The contract below fit: a potential in, unconstrained draws out, for any engine by name."""
     potential = Potential(four_posteriors)

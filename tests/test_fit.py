@@ -117,6 +117,26 @@ def test_dtype_can_be_given_and_integers_stay() -> None:
     assert world.table.dtype == torch.float32  # the caller's object is not touched
 
 
+def test_what_lists_and_dictionaries_hold_is_an_argument_too() -> None:
+    """It moves, decides about the precision, and is not shown where the model is simulated; one object stays one."""
+    seen.clear()
+    recordings, world, features = inputs(torch.float32)
+    same = list[bool]()
+
+    def several(groups: list[Recordings], worlds: dict[str, World], features: tuple[Tensor, ...]) -> None:
+        same.append(worlds["here"] is worlds["there"] and worlds["here"].table is not world.table)
+        with pyro.poutine.scale(scale=1.0):
+            model(groups[0], worlds["here"], features[0])
+
+    given = [recordings], {"here": world, "there": world}, (features.double(),)
+    result = fit(several, *given, **TINY)
+    assert {(weights, known) for _, weights, known in seen} == {(torch.float32, torch.float32)}
+    assert seen[0][0] is False and any(hidden for hidden, _, _ in seen)
+    assert set(result.posterior_predictive["values"].values.ravel()) != {0.0}  # it was observed to be 0
+    fit(several, *given, dtype=torch.float64, **TINY)
+    assert same[-1] and world.table.dtype == torch.float32  # the caller's object is not touched
+
+
 def test_a_model_without_arguments_runs_in_float64() -> None:
     result = fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)), **TINY)
     assert result.posterior["x"].dtype == np.float64

@@ -181,7 +181,7 @@ def run(
     result.attrs |= {
         "approximation": "laplace",
         "log_evidence": evidence,
-        "num_starts": num_starts,
+        "num_starts": len(ends),
         "starts_at_mode": agreeing,
         "converged": str(distance <= 1e-2),
     }

@@ -345,6 +345,18 @@ def own_error(error: BaseException) -> PirlError | None:
     return None
 
 
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Let pirl's errors through as they were raised, without what Pyro makes of them."""
+    try:
+        yield
+    except Exception as error:
+        said = own_error(error)
+        if said is None:
+            raise
+        raise said from said.__cause__
+
+
 def _survey(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], subsampling: bool
 ) -> tuple[dict[str, Site], list[str], list[str]]:
@@ -367,7 +379,7 @@ def _survey_once(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], subsampling: bool
 ) -> tuple[dict[str, Site], list[str], list[str]]:
     try:
-        with pyro.validation_enabled(True), warnings.catch_warnings():
+        with own_errors(), pyro.validation_enabled(True), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Encountered")  # an infinite density is told when it stays so
             trace = pyro.poutine.trace(model, graph_type="flat").get_trace(*args, **kwargs)
             params, subsampled = _refuse(trace, subsampling)
@@ -375,11 +387,10 @@ def _survey_once(
             if subsampled:
                 with whole_plates():
                     trace = pyro.poutine.trace(model, graph_type="flat").get_trace(*args, **kwargs)
-    except Exception as error:
-        said = own_error(error)
-        if said is not None:
-            raise said from said.__cause__
-        if isinstance(error, NO_DENSITY) or not isinstance(error, (ValueError, RuntimeError)):
+    except PirlError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, NO_DENSITY):
             raise
         if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise

@@ -55,7 +55,8 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
     for _ in range(START_ATTEMPTS if isinstance(init, str) else 1):
         if not isinstance(init, str):
             dtype = torch.get_default_dtype()
-            given = {name: torch.as_tensor(init[name], dtype=dtype) for name in potential.latent if name in init}
+            _check_names(potential, init)
+            given = {name: torch.as_tensor(init[name], dtype=dtype) for name in potential.latent}
             try:
                 z = potential.unconstrain(given)
             except NO_DENSITY as error:
@@ -154,9 +155,7 @@ def _is_finite(target: BatchedPotential, points: Tensor) -> Tensor:
 
 def _given(potential: Potential, init: Mapping[str, Tensor], count: int) -> Tensor:
     """Flat unconstrained starts from values of sites, of one start or of all."""
-    missing = [name for name in potential.latent if name not in init]
-    if missing:
-        raise OptionError(f"init has no value of {', '.join(missing)}: give one of each latent site")
+    _check_names(potential, init)
     values = {name: torch.as_tensor(init[name], dtype=torch.get_default_dtype()) for name in potential.latent}
     many = [name for name, value in values.items() if value.dim() > len(potential.latent[name].shape)]
     for name in many:
@@ -167,6 +166,16 @@ def _given(potential: Potential, init: Mapping[str, Tensor], count: int) -> Tens
         for i in range(count if many else 1)
     ]
     return torch.stack(rows).expand(count, -1)
+
+
+def _check_names(potential: Potential, init: Mapping[str, Tensor]) -> None:
+    """Refuse what is not one value of each latent site: a name that is misspelt would be left out silently."""
+    missing = [name for name in potential.latent if name not in init]
+    if missing:
+        raise OptionError(f"init has no value of {', '.join(missing)}: give one of each latent site")
+    more = [name for name in init if name not in potential.sites]  # of a posterior's draw also deterministic ones
+    if more:
+        raise OptionError(f"init has a value of {more[0]!r}: the latent sites are {', '.join(potential.latent)}")
 
 
 def laplace_metric(potential: Potential) -> tuple[Tensor, Metric]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
-from pirl.infer.potential import own_error
+from pirl.infer.potential import own_errors
 from pirl.partition import PartitionEstimate
 from pirl.pool import Pool, ratio_of_table
 from pirl.posterior.draws import Given, default_dtype, drawn_of, law_of
@@ -102,13 +102,8 @@ def prior_rewards(
     with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         torch.manual_seed(seed)
         for _ in range(num_draws):
-            try:
+            with own_errors():
                 trace = pyro.poutine.trace(model).get_trace(*args)
-            except Exception as error:
-                said = own_error(error)  # without Pyro's table of shapes
-                if said is None:
-                    raise
-                raise said from said.__cause__
             latent = {name: site["value"] for name, site in trace.nodes.items()
                       if site["type"] == "sample" and not site["is_observed"]}  # fmt: skip
             for name in latent:
