@@ -26,7 +26,7 @@ from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_err
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior.draws import rewards_at, trajectory_laws
-from pirl.setting import Setting, bound
+from pirl.setting import Setting, bound, leaves
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 """(draws of latent and deterministic sites ``[D, *shape]``, data by site) -> ``[D, *any]``."""
@@ -111,12 +111,17 @@ class Study:
         # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
         self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
         self.plan = bound(model, *setting.unobserved())
+        self.observed = set[str]()
         if draw_data is None:
-            self._refuse_discrete_latents(setting)
+            self._tell_apart(setting)
 
-    def _refuse_discrete_latents(self, setting: Setting) -> None:
-        """Name discrete sites that are hidden, which would pass for data: told apart where the real data are given."""
-        arguments = [*setting.args, *setting.kwargs.values()]
+    def _tell_apart(self, setting: Setting) -> None:
+        """Note what is observed, where the real data are given: continuous data would pass for parameters.
+
+        Raises:
+            DiscreteLatentError: a discrete site is hidden, which would pass for data.
+        """
+        arguments = list(leaves([setting.args, setting.kwargs]))
         plans = [value for value in arguments if hasattr(value, "as_tensor") and value.as_tensor() is None]
         if plans or any(value is None for value in arguments):
             return
@@ -126,6 +131,7 @@ class Study:
         except Exception:  # will be said of the model without data, or with those of a replicate
             return
         kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
+        self.observed = {name for name, kind in kinds.items() if kind == "observed"}
         for name, kind in kinds.items():
             if kind == "latent" and trace.nodes[name]["fn"].support.is_discrete and "observed" in kinds.values():
                 raise DiscreteLatentError(
@@ -175,7 +181,7 @@ class Study:
                     )
             elif node["infer"].get("_deterministic") or isinstance(_base(fn), pyro.distributions.Delta):
                 continue
-            elif node["infer"].get("was_observed") or fn.support.is_discrete:
+            elif name in self.observed or node["infer"].get("was_observed") or fn.support.is_discrete:
                 data[name] = node["value"]
             else:
                 latent[name] = node["value"]

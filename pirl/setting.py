@@ -33,7 +33,7 @@ class Setting(NamedTuple):
         dtype: torch.dtype | None = None,
     ) -> Setting:
         """Take device and dtype from the first argument that has one, unless given; float64 on the CPU without any."""
-        everything = list(_leaves([*args, *kwargs.values()]))
+        everything = list(leaves([*args, *kwargs.values()]))
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise OptionError(f"dtype is {dtype!r}: use torch.float64 or torch.float32")
         moving = device is not None or dtype is not None
@@ -100,28 +100,37 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) ->
     return value
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> Iterator[Any]:
     """What lists, tuples and dictionaries hold, and what they in turn hold."""
-    if isinstance(value, (list, tuple, dict)):
+    if _holds(value):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
+            yield from leaves(item)
     else:
         yield value
 
 
+def _holds(value: Any) -> bool:
+    """Whether it is a plain container; other classes know themselves what to do with what they hold."""
+    return type(value) in (list, tuple, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
 def _changed(value: Any, change: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
     """The same with every leaf changed; what is there twice is changed once, and stays one object."""
+    if isinstance(value, (type, str, bytes, int, float, complex)) or value is None:
+        return value
     if id(value) not in done:
-        if isinstance(value, dict):
-            new: Any = {name: _changed(item, change, done) for name, item in value.items()}
-            same = all(new[name] is item for name, item in value.items())
-        elif isinstance(value, (list, tuple)):
-            items = [_changed(item, change, done) for item in value]
-            new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-            same = all(a is b for a, b in zip(items, value, strict=True))
+        if not _holds(value):
+            new = change(value)
         else:
-            new, same = change(value), False
-        done[id(value)] = value, value if same else new  # kept, so that its id is not another one's
+            held = list(value.values() if isinstance(value, dict) else value)
+            items = [_changed(item, change, done) for item in held]
+            if all(a is b for a, b in zip(items, held, strict=True)):
+                new = value
+            elif isinstance(value, dict):
+                new = dict(zip(value, items, strict=True))
+            else:
+                new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        done[id(value)] = value, new  # kept, so that its id is not another one's
     return done[id(value)][1]
 
 

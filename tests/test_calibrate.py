@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,31 @@ def test_hidden_discrete_sites_are_no_data() -> None:
     assert (
         "mu" in pirl.calibrate(mixture, None, **given)["ranks"]
     )  # a plan alone does not say which of the two is hidden
+
+
+def test_continuous_groups_within_a_list_are_data() -> None:
+    """Hidden when the model is simulated, they would pass for parameters."""
+
+    @dataclass
+    class Group:
+        values: Tensor | None
+
+        def as_tensor(self) -> Tensor | None:
+            return self.values
+
+        def unobserved(self) -> Group:
+            return Group(None)
+
+    def grouped(groups: list[Group], data: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        pyro.sample("data", dist.Normal(mean, 1.0).expand([4]).to_event(1), obs=data)
+        for number, group in enumerate(groups):
+            pyro.sample(f"y{number}", dist.Normal(mean, 1.0), obs=group.as_tensor())
+
+    setting = Setting.of(([Group(torch.tensor(0.0)), Group(torch.tensor(1.0))], DATA), {})
+    with setting.entered():
+        truth = Study(grouped, setting).draw(0)
+    assert set(truth.latent) == {"mean"} and set(truth.data) == {"data", "y0", "y1"}
 
 
 def test_parameters_without_a_law_are_drawn_again() -> None:

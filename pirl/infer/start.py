@@ -170,12 +170,13 @@ def _given(potential: Potential, init: Mapping[str, Tensor], count: int) -> Tens
 
 def _check_names(potential: Potential, init: Mapping[str, Tensor]) -> None:
     """Refuse what is not one value of each latent site: a name that is misspelt would be left out silently."""
+    # A posterior's draw has deterministic sites as well.
+    more = [name for name in init if name not in potential.sites or potential.sites[name].kind == "observed"]
+    if more:
+        raise OptionError(f"init has a value of {more[0]!r}: the latent sites are {', '.join(potential.latent)}")
     missing = [name for name in potential.latent if name not in init]
     if missing:
         raise OptionError(f"init has no value of {', '.join(missing)}: give one of each latent site")
-    more = [name for name in init if name not in potential.sites]  # of a posterior's draw also deterministic ones
-    if more:
-        raise OptionError(f"init has a value of {more[0]!r}: the latent sites are {', '.join(potential.latent)}")
 
 
 def laplace_metric(potential: Potential) -> tuple[Tensor, Metric]:

@@ -1,4 +1,4 @@
-"""How pools grow: by roll-outs of policies or by particles that these guide, whichever count for more.
+"""How pools grow: by roll-outs of policies, or by particles that these guide where they count for much more.
 
 Roll-outs are draws of their own, but their luck is in their weights. Particles are without luck, but share ancestors,
 and count for as few. Which is better depends on the world, on its policies, and on where the posterior is; so one
@@ -8,15 +8,19 @@ kept for looking good would be biased.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pirl.errors import OptionError, PartitionError
+from pirl.errors import ConvergenceWarning, OptionError, PartitionError
 from pirl.particles import TiltedProposal, ValuedPolicy, can_tilt, returns, tilt
 from pirl.pool import Pool
 from pirl.simulators import Policy, roll_out
 from pirl.simulators.protocols import Generator
 
+_FEWEST = 20
+"""Samples that tell what they are worth; the effective share of n is never below 1 / n."""
 _TIMES = 2.0
 """Particles have to be worth so many times as much: roll-outs of several policies cover for each other."""
 
@@ -39,23 +43,46 @@ class Growth:
         self._worth = dict[bool, float]()
 
     def add(
-        self, pools: Sequence[Pool], simulators: Sequence[Any], policy: Policy, reward: Any, may_try: bool = False
+        self,
+        pools: Sequence[Pool],
+        simulators: Sequence[Any],
+        policies: Sequence[Policy],
+        reward: Any,
+        may_try: bool = False,
     ) -> list[Pool]:
-        """Larger pools, with samples of a policy that was trained for this reward.
+        """Larger pools, with samples of policies that were trained for this reward: one for each simulator and pool.
 
         Args:
             may_try: draw half as many the other way as well, and note what both are worth.
         """
-        new = [
-            self._more(*each, policy, reward, self.particles, self.num) for each in zip(pools, simulators, strict=True)
-        ]
-        if may_try and self._tries and isinstance(policy, ValuedPolicy) and all(can_tilt(x) for x in simulators):
-            other, few = not self.particles, max(self.num // 2, 4)
-            self._worth[self.particles] = sum(_worth(*each, reward) for each in zip(new, pools, strict=True))
-            both = [self._more(*each, policy, reward, other, few) for each in zip(new, simulators, strict=True)]
-            self._worth[other] = sum(_worth(*each, reward) for each in zip(both, new, strict=True))
-            return both
-        return new
+
+        def more(pools: Sequence[Pool], particles: bool, num: int) -> list[Pool]:
+            each = zip(pools, simulators, policies, strict=True)
+            return [self._more(pool, simulator, policy, reward, particles, num) for pool, simulator, policy in each]
+
+        def worth(larger: Sequence[Pool]) -> float:
+            return sum(_worth(pool, reward) for pool in larger)
+
+        new = more(pools, self.particles, self.num)
+        few = self.num // 2
+        able = all(map(can_tilt, simulators)) and all(isinstance(policy, ValuedPolicy) for policy in policies)
+        if not (may_try and self._tries and able and few >= _FEWEST):
+            return new
+        try:
+            both = more(new, not self.particles, few)
+            self._worth = {self.particles: worth(new), not self.particles: worth(both)}
+        except Exception as error:
+            if self.particles:
+                raise
+            warnings.warn(
+                f"particles were tried, and failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}): "
+                "roll-outs are added; particles=False does not try",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+            self._tries = False
+            return new
+        return both
 
     def decide(self) -> None:
         """Choose what the next round adds, by what this one tried."""
@@ -63,25 +90,24 @@ class Growth:
             self.particles = self._worth.pop(True) > _TIMES * self._worth.pop(False)
 
     def _more(self, pool: Pool, simulator: Any, policy: Policy, reward: Any, particles: bool, num: int) -> Pool:
-        if not particles:
-            return pool.add(roll_out(simulator, policy, num, self.generator), policy)
-        if not isinstance(policy, ValuedPolicy) or not can_tilt(simulator):
+        if particles and isinstance(policy, ValuedPolicy) and can_tilt(simulator):
+            try:
+                drawn = tilt(simulator, policy, reward, num, self.generator, base=self.base)
+            except PartitionError:  # no particle is left: roll-outs are what there is
+                if not self._tries:
+                    raise
+            else:
+                return pool.add(*drawn)
+        elif particles and not self._tries:
             raise OptionError("particles=True needs policies with value(states, step), an estimate of log beta")
-        try:
-            return pool.add(*tilt(simulator, policy, reward, num, self.generator, base=self.base))
-        except PartitionError:
-            if not self._tries:
-                raise
-            return pool  # no particle is left: they are worth nothing here
+        return pool.add(roll_out(simulator, policy, num, self.generator), policy)
 
 
-def _worth(pool: Pool, before: Pool, reward: Any) -> float:
+def _worth(pool: Pool, reward: Any) -> float:
     """The share of the newest samples that count for the reward that their policy was trained for."""
-    if pool is before:
-        return 0.0
     if isinstance(law := pool.policies[-1], TiltedProposal):
         return law.efficiency
     newest = pool.newest(1)
     gained = returns(reward, newest.states, newest.actions, newest.lengths, pool.horizon)
-    # A reward that is not finite counts for nothing here; the model names it.
-    return float(1 / (gained + newest.log_ratio).softmax(-1).square().sum()) / len(newest)
+    share = float(1 / (gained + newest.log_ratio).softmax(-1).square().sum()) / len(newest)
+    return share if math.isfinite(share) else 0.0  # a reward that is not finite is named by the model

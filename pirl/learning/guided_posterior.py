@@ -23,6 +23,7 @@ from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionEr
 from pirl.fit import check_options, fit
 from pirl.gaussian_integrals import GaussianKernel
 from pirl.infer import get_engine
+from pirl.infer.engine import own_generator
 from pirl.infer.progress import progress_bar
 from pirl.learning.growth import Growth
 from pirl.local_control import LocalLearner
@@ -30,7 +31,7 @@ from pirl.particles import can_tilt
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
-from pirl.posterior.draws import drawn_of
+from pirl.posterior.draws import default_dtype, drawn_of
 from pirl.posterior.from_samples import log_odds
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.simulators import BaseMeasure, Policy, roll_out
@@ -67,7 +68,7 @@ class GuidedPosterior(NamedTuple):
     """All roll-outs, a :class:`pirl.Pool` (or a list of them): other models of the same demonstrations may use it."""
     history: Mapping[str, Sequence[float]]
     """By name, and by round: "ess" (5% quantile over posterior draws), "pareto_k", "samples", "trusted" (1 or 0), and
-    whether it added "particles" (1) or roll-outs (0)."""
+    whether most of what it added were "particles" (1) or roll-outs (0)."""
 
     def __repr__(self) -> str:
         attrs = self.posterior.attrs
@@ -125,13 +126,13 @@ def bayesian_guided_cost(
         args: further arguments of the model.
         base: the base measure over actions, which also plays the first roll-outs; of a finite simulator its own.
         policy_step: trains a policy; by default soft Q-learning in a finite space, and fitted linear-Gaussian control
-            (:mod:`pirl.local_control`) where the base policy is linear-Gaussian. With several simulators the default
-            learns in the first of them.
+            (:mod:`pirl.local_control`) where the base policy is linear-Gaussian, in each of several simulators. One of
+            your own trains one policy for all of them.
         engine: of the final posterior.
         guide: of the rounds, "laplace" or "svi".
         num_rounds: at most.
         num_policies: posterior draws a round that a policy is trained for.
-        num_rollouts: of each policy.
+        num_rollouts: of each policy; the base policy plays ``num_policies`` times as many.
         particles: add draws of p(tau | O) by particles that each policy guides (:func:`pirl.particles.tilt`), instead
             of its own roll-outs. Their weights do not depend on luck, but they share ancestors, and count for as few.
             None: one policy of each round is tried both ways (half as many samples the other way), and the next round
@@ -141,8 +142,12 @@ def bayesian_guided_cost(
 
     A pool that is still too poor after the last round is told by a warning and by the posterior's label.
 
+    Returns:
+        Posterior, pool (a list of pools for several simulators) and history of the rounds: see
+        :class:`GuidedPosterior`. There are at least two rounds, and the last of them passed the gates with a margin.
+
     Raises:
-        ModelError: the model does not observe a :class:`pirl.SampledMaxEntTrajectory`.
+        ModelError: the model does not observe a :class:`pirl.SampledMaxEntTrajectory`, or not all pools.
         PartitionError: demonstrations that no roll-out could resemble.
         SimulatorError: the simulator failed.
 
@@ -152,6 +157,20 @@ def bayesian_guided_cost(
         >>> found = bayesian_guided_cost(sampled_model, walks[:2], simulator, marks, **quick)
         >>> found.posterior.attrs["partition_trusted"]
         1
+
+        Two groups that start in states of their own, each with its plate and its pool:
+
+        >>> worlds = [world.replace(initial=torch.eye(16, dtype=torch.float64)[start]) for start in (5, 10)]
+        >>> groups = [pirl.datasets.simulate(one, wanted, 2, length=8, reading="trajectory") for one in worlds]
+        >>> def grouped(groups, pools, features):
+        ...     weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([features.shape[-1]]).to_event(1))
+        ...     for name, demos, pool in zip("ab", groups, pools):
+        ...         with pyro.plate(f"episode_{name}", len(demos)):
+        ...             law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, weights))
+        ...             pyro.sample(f"walk_{name}", law, obs=demos.as_tensor())
+        >>> simulators = [pirl.simulators.TabularSimulator(one) for one in worlds]
+        >>> bayesian_guided_cost(grouped, groups, simulators, marks, **quick).pool
+        [...]
     """
     # What could be refused after all rounds is refused before them.
     check_options(engine, get_engine(engine), options.keys() - inspect.signature(fit).parameters.keys())
@@ -210,6 +229,10 @@ def guided_pool(
     if guide_options is not None and not isinstance(guide_options, Mapping):
         raise OptionError(f"guide_options is {form(guide_options)}: give a dict of options of pirl.fit")
     several = isinstance(simulator, (list, tuple))
+    if isinstance(demos, (list, tuple)) and not several:
+        raise OptionError(
+            f"{counted(len(demos), 'group')} of demonstrations, and one simulator: give a list of as many"
+        )
     if several and not isinstance(demos, (list, tuple)):
         raise OptionError(f"{len(simulator)} simulators, and demos is {form(demos)}: give a list with as many")
     simulators, watched = (simulator, demos) if several else ([simulator], [demos])
@@ -228,8 +251,8 @@ def guided_pool(
         if not isinstance(simulators[0], FiniteSimulator):
             raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
         base = BaseMeasure(simulators[0].log_prior)
-    if policy_step is None:
-        policy_step = _policy_step(simulators[0], base, num_rollouts)
+    # Starts differ, and so does what is worth learning: a step of the caller's own says what it learns, and where.
+    steps = [_policy_step(x, base, num_rollouts) for x in simulators] if policy_step is None else [policy_step]
     plain = base.policy if isinstance(base, BaseMeasure) else base
     pools = [Pool.of(roll_out(each, plain, num_policies * num_rollouts, generator), plain, base) for each in simulators]
     for pool, group in zip(pools, watched, strict=True):
@@ -248,14 +271,18 @@ def guided_pool(
     except (AttributeError, TypeError) as error:
         raise ModelError(
             f"the model cannot be run on (demos, pool, *args): {' '.join(str(error).split())}; its first arguments are "
-            "the demonstrations and the pool, and it observes a SampledMaxEntTrajectory(pool, reward)"
+            "the demonstrations and the pool (lists of both for several simulators), and it observes a "
+            "SampledMaxEntTrajectory(pool, reward)"
         ) from error
+    if several:
+        _check_observed(model, given(), pools)
     with progress_bar("guided cost learning", num_rounds, progress) as update:
         for number in range(num_rounds):
             history["particles"].append(float(growth.particles))
             for at, reward in enumerate(rewards):
-                policy = policy_step(reward, generator)
-                pools = growth.add(pools, simulators, policy, reward, may_try=at == 0)
+                policies = [step(reward, generator) for step in steps]
+                policies = policies * (len(pools) // len(policies))
+                pools = growth.add(pools, simulators, policies, reward, may_try=at == 0)
             growth.decide()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a pool on its way is judged below
@@ -343,6 +370,25 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
             pyro.factor(f"{name}_near_samples", -count * (lacking.square().sum() + fused.sum()))
 
     return bounded
+
+
+def _check_observed(model: Callable[..., Any], given: tuple[Any, ...], pools: Sequence[Pool]) -> None:
+    """Refuse a model that leaves out a group: its demonstrations would be lost silently."""
+    with (
+        default_dtype(pools[0].dtype),
+        own_generator(),
+        pyro.validation_enabled(False),
+        torch.no_grad(),
+        _Laws() as laws,
+    ):
+        model(*given)
+    seen = {id(law.pool) for law, _ in laws.found.values()}
+    for number, pool in enumerate(pools):
+        if id(pool) not in seen:
+            raise ModelError(
+                f"the model observes nothing with pool {number} of {len(pools)}: let it observe every group, by a site "
+                "in a plate of its own"
+            )
 
 
 def _by_reward(odds: Float[Tensor, "*batch"], rewards: torch.Size) -> Float[Tensor, "G M"]:

@@ -15,6 +15,7 @@ from pirl.errors import OptionError, PartitionError, check_counts, check_numbers
 ESS_PER_DEMONSTRATION = 100
 """Effective samples a demonstration for a posterior mean within a tenth of a posterior standard deviation."""
 _FEWEST_FOR_TAIL = 25
+_FEWEST_FOR_HILL = 10
 
 
 class PartitionEstimate(NamedTuple):
@@ -47,8 +48,9 @@ def pareto_k(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
 
     The Pareto fit takes the scale of a tail from its lower quarter. Where that lies in a lump of nearly equal weights,
     as of returns that are sums of a few numbers, it finds a heavy tail whose largest weight is twice its smallest. So
-    it counts for no more than Hill's (1975) estimate, the mean log of the tail's weights over the next largest one,
-    which tends to the same index wherever there is a heavy tail.
+    it counts for no more than Hill's (1975) estimate, the mean log of the largest weights over the next one, which
+    tends to the same index wherever there is a heavy tail: the largest such estimate, of the tail and of its halves,
+    since a mixture's heavy part may be smaller than the tail.
 
     Where the largest weights are a few values, many times each, the fit sees no tail, and a small value tells nothing:
     there the effective sample size is the only guard.
@@ -77,7 +79,10 @@ def pareto_k(log_weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
         with np.errstate(divide="ignore", invalid="ignore"):
             khat = float(array_stats.psislw(-row.numpy())[1]) if heavy else -math.inf  # it takes inverse weights
         khat = -math.inf if math.isnan(khat) else khat  # a tail of a few values, many times each
-        found.append(min(khat, float((tail[:-1] - tail[-1]).mean())))
+        sizes = [len(tail) - 1]
+        while sizes[-1] >= 2 * _FEWEST_FOR_HILL:
+            sizes.append(sizes[-1] // 2)
+        found.append(min(khat, max(float((tail[:m] - tail[m]).mean()) for m in sizes)))
     return torch.tensor(found, dtype=log_weights.dtype, device=log_weights.device).reshape(log_weights.shape[:-1])
 
 
