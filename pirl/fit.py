@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, OptionError, check_counts
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, describe, planned, to_datatree
-from pirl.infer.engine import START_STREAM, one_thread, reseed
+from pirl.infer.engine import START_STREAM, one_thread, own_generator, reseed
 from pirl.infer.memory import check_memory
+from pirl.infer.potential import NO_DENSITY
 from pirl.infer.ranks import join
 from pirl.partition import untrusted
 from pirl.posterior.from_samples import partition_quality
@@ -142,6 +143,8 @@ def fit(
         for variables in plan.values():
             check_reserved({name: layout for name, (layout, _) in variables.items()})
         check_names(plan, coords or {})
+        if num_prior > 0 or num_posterior_predictive > 0:
+            _check_simulation(potential, setting)
         check_memory(potential, -(-counts["num_samples"] // thin) * counts["num_chains"], log_likelihood)
         shared: dict[str, Any] = {"thin": thin, "ranks": ranks} if samples else {}
         if checkpoint is not None:
@@ -268,6 +271,20 @@ def check_options(engine: str, run: Callable[..., Any], options: Iterable[str]) 
     for name in options:
         if name not in known:
             raise OptionError(f"engine {engine!r} has no option {name!r}; its options are {', '.join(known)}")
+
+
+def _check_simulation(potential: Potential, setting: Setting) -> None:
+    """Refuse a model that cannot do without its demonstrations, which are hidden where it simulates."""
+    try:
+        with own_generator(), torch.no_grad():
+            potential.simulate({}, *setting.unobserved())
+    except NO_DENSITY:  # at this draw of the prior
+        return
+    except (TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the model cannot simulate, where demonstrations are hidden and demos.as_tensor() is None ({error}): use "
+            "that as obs= only, or leave out the predictive groups by num_prior=0, num_posterior_predictive=0"
+        ) from error
 
 
 def _constant_data(arguments: Mapping[str, Any], dims: Mapping[str, Sequence[str]]) -> Named:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from pirl import errors
 from pirl.fit import fit
+from pirl.infer import get_engine
 
 TINY: dict[str, Any] = {"num_chains": 1, "num_warmup": 30, "num_samples": 4, "num_prior": 3,
                         "num_posterior_predictive": 4, "progress": False}  # fmt: skip
@@ -135,6 +138,27 @@ def test_what_lists_and_dictionaries_hold_is_an_argument_too() -> None:
     assert set(result.posterior_predictive["values"].values.ravel()) != {0.0}  # it was observed to be 0
     fit(several, *given, dtype=torch.float64, **TINY)
     assert same[-1] and world.table.dtype == torch.float32  # the caller's object is not touched
+
+
+def test_a_model_that_cannot_be_simulated_is_refused_before_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its demonstrations are hidden then; what would be lost is a posterior of hours."""
+
+    def stacked(groups: list[Recordings]) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        seen = torch.stack([group.as_tensor() for group in groups])  # type: ignore[misc]
+        with pyro.plate("episode", len(seen)):
+            pyro.sample("seen", dist.Normal(mean, 1.0).expand([3]).to_event(1), obs=seen)
+
+    groups = [Recordings(torch.zeros(3), 3)] * 2
+    fit(stacked, groups, **TINY | {"num_prior": 0, "num_posterior_predictive": 0})
+
+    def sampled(*args: Any, **options: Any) -> None:
+        raise AssertionError("was sampled")
+
+    monkeypatch.setattr(sys.modules["pirl.fit"], "get_engine", lambda name: wraps(get_engine(name))(sampled))
+    for kept in ("num_prior", "num_posterior_predictive"):
+        with pytest.raises(errors.ModelError, match=r"cannot simulate, where demonstrations are hidden .* num_prior=0"):
+            fit(stacked, groups, **TINY | {"num_prior": 0, "num_posterior_predictive": 0} | {kept: 3})
 
 
 def test_a_model_without_arguments_runs_in_float64() -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import pirl
 from models import linear_gaussian as puck
-from pirl.errors import ModelError, OptionError
+from pirl.errors import ModelError, OptionError, SimulatorError
 from pirl.learning import guided_pool
 from pirl.linear_gaussian import LinearGaussian
+from pirl.local_control import gaussian_base
+from pirl.simulators import roll_out
 
 TRUTH = (1.0, 0.0)
 STARTS = ((1.5, 0.0), (-0.5, 0.5))
@@ -65,6 +67,29 @@ def test_every_pool_knows_its_own_log_z() -> None:
         exact = system.log_partition(puck.costs(system, *costs))
         assert float(estimate.ess) > 500
         assert abs(float(estimate.log_partition - exact)) < 4 * float(estimate.standard_error)
+
+
+def test_a_base_policy_among_the_models_arguments_is_found() -> None:
+    systems, groups = problem()
+    with pytest.raises(OptionError, match="needs base=, .*; there is a policy among the model's arguments"):
+        guided_pool(model, groups, systems, systems[0].base_policy, progress=False)
+
+
+def test_a_simulator_of_one_episode_is_told_how_it_is_called() -> None:
+    class Single:
+        horizon = 3
+
+        def reset(self) -> Tensor:
+            return torch.zeros(2)
+
+        def step(self, state: Tensor, action: Tensor) -> Tensor:
+            return state
+
+    policy = gaussian_base(3, torch.eye(1), num_state_dims=2)
+    with pytest.raises(
+        SimulatorError, match=r"failed at reset: TypeError.*called as reset\(num, generator\), and step"
+    ):
+        roll_out(Single(), policy, 2)  # type: ignore[arg-type]
 
 
 def test_groups_that_do_not_fit_are_named() -> None:

@@ -249,7 +249,10 @@ def guided_pool(
         raise OptionError("particles=True needs a simulator with reset and step, and vectors that do not end early")
     if base is None:
         if not isinstance(simulators[0], FiniteSimulator):
-            raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
+            among = (
+                "; there is a policy among the model's arguments" if any(isinstance(x, Policy) for x in args) else ""
+            )
+            raise OptionError(f"a simulator without a finite space needs base=, the base policy p(a|s){among}")
         base = BaseMeasure(simulators[0].log_prior)
     # Starts differ, and so does what is worth learning: a step of the caller's own says what it learns, and where.
     steps = [_policy_step(x, base, num_rollouts) for x in simulators] if policy_step is None else [policy_step]

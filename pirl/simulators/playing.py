@@ -166,6 +166,8 @@ def asked(when: str, call: Callable[[], Answer]) -> Answer:
         return call()
     except Exception as error:
         cause = (str(error).splitlines() or [""])[0]
+        if isinstance(error, TypeError) and "argument" in cause:
+            cause += "; it is called as reset(num, generator), and step(states, actions, generator)"
         raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
 
 

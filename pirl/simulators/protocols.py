@@ -38,7 +38,7 @@ class Simulator(Protocol):
         """First states of ``num`` episodes."""
 
     def step(self, states: Tensor, actions: Tensor, generator: Generator = None) -> Tensor:
-        """The states that follow, one for each."""
+        """The states that follow, one for each; whichever states were given before, since particles go on from any."""
 
 
 @runtime_checkable
