@@ -250,3 +250,11 @@ def test_factorisations_that_fail_in_two_threads_leave_pyro_whole() -> None:
         draws.append(result.posterior["x"].values)
     assert np.isfinite(draws[0]).all() and np.abs(draws[0][..., 0]).max() < 1
     np.testing.assert_array_equal(*draws)
+
+
+def test_results_are_laid_out_as_a_checkpoint_gives_them_back() -> None:
+    """In rows, where torch aligns its tensors: some processors round products of other layouts differently."""
+    for found in moved(ensemble(8, 4)):
+        assert found.is_contiguous() and found.data_ptr() % 64 == 0
+    factor = Metric(torch.linalg.cholesky(torch.eye(SIZE) + 0.5).mT.contiguous().mT).factor
+    assert factor.is_contiguous() and factor.data_ptr() % 64 == 0

@@ -84,6 +84,15 @@ def random_numbers(seed: int, stream: int, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """A copy in rows, where torch puts its own tensors: products of matrices round by strides and alignment.
+
+    Processors with wide registers choose another order of sums for other layouts, so that a run which goes on from a
+    checkpoint, or on other ranks, would differ in the last bits from one that was not interrupted.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def own_generator() -> Iterator[None]:
     """Leave torch's global random state, on the CPU and on the current GPU, as it was found."""

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import RankWarning
+from pirl.infer.engine import laid_out
 from pirl.infer.hmc import Metric, Phase, Transition, transition
 from pirl.infer.ranks import Ranks
 
@@ -133,4 +134,4 @@ class Ensemble:
 
         mapped = map(joined, self._own) if self._pool is None else self._pool.map(joined, self._own)
         own = torch.cat([like.new_empty(0, sum(sizes)), *mapped])
-        return list(self.ranks.gather(own, self._counts).split(sizes, dim=1))
+        return [laid_out(x) for x in self.ranks.gather(own, self._counts).split(sizes, dim=1)]

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pirl.infer.engine import laid_out
+
 DIVERGENT = 1000.0
 """Growth of the energy within a trajectory beyond which the integrator has left the posterior (as in Stan)."""
 
@@ -25,6 +27,9 @@ class Metric:
     """A factor F of the covariance that moves are adapted to: lower triangular ``[D, D]``, or diagonal ``[D]``."""
 
     factor: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor", laid_out(self.factor))
 
     def diagonal(self) -> Metric:
         """Without correlations: the standard deviations."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pirl.errors import OptionError, check_counts
 from pirl.infer.adaptation import StepSize, TrajectoryLength, criterion_slope, halton
-from pirl.infer.engine import MOMENTA, random_numbers
+from pirl.infer.engine import MOMENTA, laid_out, random_numbers
 from pirl.infer.ensemble import Ensemble
 from pirl.infer.hmc import Metric, Phase, Transition
 from pirl.infer.sampling import Sampler, Stats, part
@@ -55,7 +55,7 @@ class Population(Sampler):
     def move(self, sizes: Float[Tensor, " C"], num_steps: int, counter: int, stream: int = MOMENTA) -> Transition:
         """Try one transition; its random numbers depend on (seed, stream, counter) only."""
         numbers, z = random_numbers(self.seed, stream, counter), self.phase.z
-        momentum = torch.from_numpy(numbers.standard_normal(tuple(z.shape))).to(z)
+        momentum = laid_out(torch.from_numpy(numbers.standard_normal(tuple(z.shape))).to(z))
         log_uniform = torch.from_numpy(-numbers.standard_exponential(len(z))).to(z)
         return self.ensemble.transition(self.phase, self.metric, sizes, num_steps, momentum, log_uniform)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from pirl.errors import ModelError, NonFiniteError, PirlError
 from pirl.infer.adaptation import StepSizes, halton, shrunk, window_ends
 from pirl.infer.chees import FIRST_LEAPFROGS
-from pirl.infer.engine import MOMENTA, Draws, own_generator, random_numbers, reseed
+from pirl.infer.engine import MOMENTA, Draws, laid_out, own_generator, random_numbers, reseed
 from pirl.infer.ensemble import Ensemble
 from pirl.infer.hmc import Metric
 from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, check_options
@@ -287,7 +287,7 @@ def _sample(
         most = min(max_leapfrogs, FIRST_LEAPFROGS * 2 ** sum(end <= step for end in ends)) if warm else max_leapfrogs
         count = max(1, min(most, math.ceil(halton(step + 1) * WHITENED_LENGTH / float(eps.quantile(SLOW)))))
         numbers = random_numbers(seed, MOMENTA, step)
-        momentum = torch.from_numpy(numbers.standard_normal(tuple(phase.z.shape))).to(phase.z)
+        momentum = laid_out(torch.from_numpy(numbers.standard_normal(tuple(phase.z.shape))).to(phase.z))
         luck = torch.from_numpy(-numbers.standard_exponential(len(phase.z))).to(phase.z)
         moved = ensemble.transition(phase, metric, eps.expand(by).reshape(-1), count, momentum, luck)
         phase = moved.phase

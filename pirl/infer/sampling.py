@@ -25,6 +25,7 @@ from pirl.errors import (
     StuckChainsError,
 )
 from pirl.infer.checkpoint import Arrays, Checkpoint
+from pirl.infer.engine import laid_out
 from pirl.infer.potential import Potential
 from pirl.infer.progress import LiveView
 from pirl.infer.ranks import Ranks
@@ -216,7 +217,7 @@ class _Store:
 
     def load(self, arrays: Arrays) -> None:
         """Take over saved draws, as many as this run asks for."""
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        tensors = {name: laid_out(torch.from_numpy(array)) for name, array in arrays.items()}
         self.last = part(tensors, "last")
         if "draws" not in tensors:
             return
@@ -242,7 +243,7 @@ def _resume(sampler: Sampler, store: _Store, checkpoint: Checkpoint | None) -> i
     if arrays is None:
         return 0
     store.load(arrays)
-    state = {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if name.startswith("state.")}
+    state = {name: laid_out(torch.from_numpy(x)) for name, x in arrays.items() if name.startswith("state.")}
     sampler.load_state_dict(part(state, "state"))
     return int(arrays["step"])
 
