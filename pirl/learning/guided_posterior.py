@@ -144,7 +144,8 @@ def bayesian_guided_cost(
 
     Returns:
         Posterior, pool (a list of pools for several simulators) and history of the rounds: see
-        :class:`GuidedPosterior`. There are at least two rounds, and the last of them passed the gates with a margin.
+        :class:`GuidedPosterior`. Rounds end where the gates are passed with a margin, after the second at the
+        earliest, or after ``num_rounds``.
 
     Raises:
         ModelError: the model does not observe a :class:`pirl.SampledMaxEntTrajectory`, or not all pools.
