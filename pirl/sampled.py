@@ -155,8 +155,8 @@ class SampledMaxEntTrajectory(TorchDistribution):
 
     @property
     def log_weights(self) -> Float[Tensor, "*batch J"]:
-        """log w_j = return + log p - log q of each sample of the pool."""
-        return self.returns + self.pool.log_ratio
+        """log w_j = return + log p - log q of each sample of the pool, and log of what the sample counts for."""
+        return self.returns + self.pool.log_offset
 
     @property
     def log_partition(self) -> Float[Tensor, "*batch"]:

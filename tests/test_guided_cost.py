@@ -154,7 +154,7 @@ def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    sums = Sums(normal(6, 3), normal(40, 3), normal(40), normal(6))
+    sums = Sums(normal(6, 3), normal(40, 3), normal(40), 0.5 * normal(40), normal(6))
 
     def value(x: Tensor) -> Tensor:
         return (_likelihood(sums, x, 0.3) if kind == "likelihood" else _discriminator(sums, x, kind, 0.3)).value
@@ -167,11 +167,31 @@ def test_objectives_have_the_derivatives_they_say(kind: str) -> None:
     )
 
 
+def test_samples_that_were_copied_count_as_they_did() -> None:
+    """Two copies of each of 20 samples, of half a sample's worth, beside 20 others."""
+    normal = torch.randn(40 * 4 + 6 * 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made, offset, real, ratio = (x.squeeze(-1) for x in _split(normal, (40, 3), (40, 1), (6, 3), (6, 1)))
+    copied = torch.arange(40).repeat_interleave(torch.tensor([2, 1]).repeat_interleave(20))
+    worth = torch.tensor([0.5, 1.0]).double().repeat_interleave(torch.tensor([40, 20]))
+    worth = (worth / worth.mean()).log()
+    once = Sums(real, made, offset, torch.zeros(40).double(), ratio)
+    twice = Sums(real, made[copied], offset[copied] + worth, worth, ratio)
+    point = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
+    for objective, x in ((_likelihood, point[:3]), (lambda *args: _discriminator(*args[:2], "even", 0.1), point)):
+        for one, other in zip(objective(once, x, 0.1), objective(twice, x, 0.1), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def _split(numbers: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    parts = numbers.split([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def test_a_reward_step_ends_where_samples_end() -> None:
     generator = torch.Generator().manual_seed(0)
     made = torch.randn(500, 1, generator=generator, dtype=torch.float64)
     far = torch.full((20, 1), 3.5, dtype=torch.float64)  # where hardly a sample is: the likelihood says much further
-    sums = Sums(far, made, torch.zeros(500).double(), torch.zeros(20).double())
+    sums = Sums(far, made, *torch.zeros(2, 500).double(), torch.zeros(20).double())
     start = torch.zeros(1, dtype=torch.float64)
     for least in (0.5, 0.05):
         found, free = _climb(lambda x: _likelihood(sums, x, 0.0), start, 1, sums, least)
@@ -189,7 +209,7 @@ def test_the_discriminator_knows_both_unknowns_when_samples_are_plenty() -> None
     weight = 0.7
     real = torch.randn(4000, 1, generator=generator, dtype=torch.float64) + weight
     made = torch.randn(40_000, 1, generator=generator, dtype=torch.float64)
-    sums = Sums(real, made, torch.zeros(40_000).double(), torch.zeros(4000).double())
+    sums = Sums(real, made, *torch.zeros(2, 40_000).double(), torch.zeros(4000).double())
     for odds in ("counts", "even"):
         point = torch.zeros(2, dtype=torch.float64)
         for _ in range(30):

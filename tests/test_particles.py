@@ -409,6 +409,33 @@ def test_errors_of_constants_count_in_effective_samples() -> None:
     assert abs(float(exact.judge(weights).standard_error) - math.hypot(error, math.sqrt(1 / 100 * 100 / 99))) < 1e-3
 
 
+def test_particles_count_for_as_many_samples_as_they_are_worth() -> None:
+    # Copies of draws, worth that much less, tell what the draws told, beside a policy's roll-outs as well.
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(13)
+    plain = roll_out(simulator, base, 100, generator)
+    drawn, law = tilt(simulator, learned(mdp, reward), reward, 60, generator, base=base)
+    other = roll_out(simulator, base, 7, generator)
+    told = []
+    for copies in (1, 5):
+        once = TiltedProposal(reward, base, law.log_partition, 0.1, 0.9 / copies, STEPS)
+        repeated = Rollouts(*(x.repeat(copies, *[1] * (x.dim() - 1)) for x in drawn[:4]))
+        pool = Pool.of(plain, base, base).add(repeated, once)
+        weights = torch.stack([x * returns(reward, pool.states, pool.actions, pool.lengths) for x in (0.0, 0.5, 1.2)])
+        found = pool.judge(weights + pool.log_offset)
+        ratio = pool.ratio_of(other.states, other.actions, other.lengths)
+        told.append([found.log_partition, found.ess, found.standard_error, ratio, pool.ess_of(ratio)])
+    for one, many in zip(*told, strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-10, atol=1e-10)
+    # Where the samples know log Z exactly, unequal worth makes no error.
+    exact = float(pirl.log_partition(mdp, reward))
+    same = TiltedProposal(reward, base, exact, 0.0, 0.25, STEPS), TiltedProposal(reward, base, exact, 0.0, 1.0, STEPS)
+    pool = Pool.of(drawn, same[0], base).add(drawn, same[1])
+    found = pool.judge(returns(reward, pool.states, pool.actions, pool.lengths) + pool.log_offset)
+    assert abs(float(found.log_partition) - exact) < 1e-12 and float(found.standard_error) < 1e-12
+
+
 class _Scattered:
     """Starts of a wide normal law, one decision that does not matter."""
 

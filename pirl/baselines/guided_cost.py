@@ -255,7 +255,7 @@ def _in_standard_errors(step: Tensor, sums: Sums, weights: Tensor, l2: float) ->
 def _likelihood(sums: Sums, weights: Tensor, l2: float) -> Step:
     """Sum over demonstrations of w'f - log Z-hat(w); its gradient is that of self-normalised weights."""
     count = len(sums.demos)
-    log_weights = sums.pool @ weights + sums.log_ratio
+    log_weights = sums.pool @ weights + sums.log_offset
     share = log_weights.softmax(0)
     mean = share @ sums.pool
     centred = sums.pool - mean
@@ -274,7 +274,7 @@ def _climb(
     rounding = 1e-9 * len(sums.demos)
 
     def size(x: Tensor) -> float:
-        share = (sums.pool @ x[:num_features] + sums.log_ratio).softmax(0)
+        share = (sums.pool @ x[:num_features] + sums.log_offset).softmax(0)
         seen = torch.minimum(1 / share.square().sum(), sums.ess_of_demos(x[:num_features]))
         return float(seen) / len(share)
 

@@ -34,14 +34,16 @@ class Sums(NamedTuple):
 
     demos: Float[Tensor, "N K"]
     pool: Float[Tensor, "J K"]
-    log_ratio: Float[Tensor, " J"]
-    """log p - log q of the pool's samples."""
+    log_offset: Float[Tensor, " J"]
+    """Of log weights of the pool's samples, which are log p - log q and log of what each sample counts for."""
+    log_worth: Float[Tensor, " J"]
+    """The last of these alone."""
     demos_log_ratio: Float[Tensor, " N"]
     """The same of the demonstrations, whose actions the policies of the pool might have taken."""
 
     def ess_of_demos(self, weights: Tensor) -> Tensor:
         """Effective samples as the demonstrations see them (:meth:`pirl.Pool.ess_of`), of samples worth one each."""
-        log_partition = log_mean_exp(self.pool @ weights + self.log_ratio)
+        log_partition = log_mean_exp(self.pool @ weights + self.log_offset)
         odds = log_mean_exp(self.demos @ weights + self.demos_log_ratio)
         return len(self.pool) * (log_partition - odds).exp()
 
@@ -100,7 +102,8 @@ class World:
     def sums(self) -> Sums:
         """For a reward step."""
         ratio = self.pool.ratio_of(self.demos.states, self.demos.actions, self.demos.lengths)
-        return Sums(self.features_of(self.demos.as_tensor()), self.features_of(None), self.pool.log_ratio, ratio)
+        features = self.features_of(self.demos.as_tensor()), self.features_of(None)
+        return Sums(*features, self.pool.log_offset, self.pool.log_worth, ratio)
 
     def record(
         self, history: dict[str, list[float]], weights: Tensor, newest: slice, value: float, change: float
@@ -116,7 +119,7 @@ class World:
 
     def _judged(self, sums: Sums, weights: Tensor) -> PartitionEstimate:
         """log Z-hat, and how well it is known by samples and by demonstrations."""
-        found = self.pool.judge(sums.pool @ weights + sums.log_ratio)
+        found = self.pool.judge(sums.pool @ weights + sums.log_offset)
         odds = sums.demos @ weights + sums.demos_log_ratio - found.log_partition
         return found._replace(ess=torch.minimum(found.ess, self.pool.ess_of(odds)))
 

@@ -64,7 +64,7 @@ def mixture_log_density(log_densities: Float[Tensor, "K N"], counts: Tensor) -> 
 
     Args:
         log_densities: log q_k(tau_j) of every sample under every proposal, up to what is common to all (dynamics).
-        counts: how many of the samples each proposal gave ``[K]``.
+        counts: how many of the samples each proposal gave, or how many independent draws those count for ``[K]``.
 
     Raises:
         PartitionError: shapes disagree, a density is NaN or +inf, or a sample has no density under any proposal.

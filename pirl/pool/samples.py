@@ -37,6 +37,9 @@ _ROUNDING = 1e-3
 class Pool:
     """Samples of one or more policies, weighed against the base measure by the balance heuristic.
 
+    Particles share ancestors; those of a proposal count for as many samples as they are worth, in the mixture as in
+    the mean. Taken for as many as they are, they would take the weight from roll-outs that know more.
+
     Make one by :meth:`of`, and a larger one by :meth:`add`; nothing is changed in place, so that a policy or simulator
     that fails leaves the pool as it was. Only action probabilities are needed: the dynamics of proposal and model are
     the same, and cancel.
@@ -207,14 +210,33 @@ class Pool:
 
     @property
     def log_ratio(self) -> Float[Tensor, " J"]:
-        """log p - log q of the actions: what a return must be added to for a log weight."""
+        """log p - log q of the actions, q the mixture of all proposals as :meth:`ratio_of` has it."""
         if "log_ratio" not in self._memo:
-            counts = torch.bincount(self.origin, minlength=len(self.policies))
             if bool((self.log_base == torch.inf).any() | self.log_base.isnan().any()):
                 raise PartitionError("the base measure's log density is NaN or +inf at a sample")
             densities = self.log_densities - self.constants.unsqueeze(1)
-            self._memo["log_ratio"] = self.log_base - mixture_log_density(densities, counts)
+            self._memo["log_ratio"] = self.log_base - mixture_log_density(densities, self._counts)
         return self._memo["log_ratio"]
+
+    @property
+    def log_worth(self) -> Float[Tensor, " J"]:
+        """log of what each sample counts for beside the others; the mean of its exponential is 1."""
+        return (self._worth / self.efficiency).log()[self.origin]
+
+    @property
+    def log_offset(self) -> Float[Tensor, " J"]:
+        """What a return is added to for a log weight, whose mean is Z: :attr:`log_ratio` and :attr:`log_worth`."""
+        return self._remember(("offset",), None, lambda: self.log_ratio + self.log_worth)
+
+    @property
+    def _worth(self) -> Float[Tensor, " K"]:
+        """Independent draws that a sample of each proposal counts for: 1, or less where particles share ancestors."""
+        return self._of_each("efficiency", 1.0)
+
+    @property
+    def _counts(self) -> Float[Tensor, " K"]:
+        """Independent draws that the samples of each proposal count for."""
+        return self._worth * torch.bincount(self.origin, minlength=len(self.policies))
 
     @property
     def constants(self) -> Float[Tensor, " K"]:
@@ -224,15 +246,14 @@ class Pool:
     @property
     def _reconciled(self) -> Constants:
         def compute() -> Constants:
-            errors, worth = self._of_each("standard_error", 0.0), self._of_each("efficiency", 1.0)
-            return reconcile(self.log_densities, self.origin, errors, worth)
+            return reconcile(self.log_densities, self.origin, self._of_each("standard_error", 0.0), self._worth)
 
         return self._remember(("constants",), None, compute)
 
     @property
     def efficiency(self) -> float:
-        """Independent draws that a sample counts for on average: 1, or less where particles share ancestors."""
-        return float(self._of_each("efficiency", 1.0)[self.origin].mean())
+        """Independent draws that a sample counts for on average."""
+        return float(self._counts.sum()) / len(self)
 
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
         """log Z-hat and its diagnostics.
@@ -244,9 +265,11 @@ class Pool:
         added to 1 / ess, which is that variance by the samples.
         """
         found, share = importance(log_weights), log_weights.detach().softmax(-1)
-        worth = self._of_each("efficiency", 1.0)
+        worth, draws = self._worth, float(self._counts.sum())
         ess = 1 / (share.square() / worth[self.origin]).sum(-1)
-        error = found.standard_error.square() * found.ess / ess
+        # Where all are known equally well no share is more than what the sample counts for: Z-hat has no error.
+        error = ((share - self.log_worth.exp() / len(self)).square() / worth[self.origin]).sum(-1)
+        error = error * draws / max(draws - 1, 1)
         if bool(self._of_each("standard_error", 0.0).any()):
             covariance = self._reconciled.covariance.to(share)
             carried = torch.zeros(*share.shape[:-1], len(worth), dtype=share.dtype, device=share.device)
@@ -301,7 +324,7 @@ class Pool:
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
         under = under - self.constants.unsqueeze(1)
-        return base - mixture_log_density(under, torch.bincount(self.origin, minlength=len(self.policies)))
+        return base - mixture_log_density(under, self._counts)
 
     # ------------------------------------------------------------------------------------------------ what is summed
 
