@@ -227,8 +227,8 @@ def _partition_quality(
         found = partition_quality(model, args, kwargs, draws)
     if found is None:
         return {}
-    estimate, count, total_error = found
-    reason = untrusted(estimate, count)
+    estimate, count, total_error, weakest = found
+    reason = untrusted(estimate, count, site=weakest)
     if reason is not None:
         warnings.warn(reason, ConvergenceWarning, stacklevel=3)
     return {

@@ -552,13 +552,19 @@ def test_a_bad_pool_does_not_hide_behind_a_good_one() -> None:
     def site(pool: Any, explained: int, ess: float) -> from_samples._Site:
         rows = torch.full((3, 1), ess)
         estimate = PartitionEstimate(0 * rows, ess**-0.5 + 0 * rows, rows, 0 * rows, 10**6)
-        return from_samples._Site(pool, explained, estimate)
+        return from_samples._Site(f"site {pool}", pool, explained, estimate)
 
     bad, good = site("a", 10, 100.0), site("b", 1000, 200_000.0)
     assert untrusted(*from_samples._together([good])[:2]) is None
     for sites in ([bad], [bad, good]):
         assert untrusted(*from_samples._together(sites)[:2]) is not None
     assert untrusted(*from_samples._together([site("a", 10, 1001.0), good])[:2]) is None
+    # Which one is bad is told, where there are several.
+    for sites, name in (([bad], None), ([bad, good], "site a"), ([good, bad], "site a")):
+        found = from_samples._together(sites)
+        assert found.weakest == name
+        told = str(untrusted(*found[:2], site=found.weakest))
+        assert ("least of all at site 'site a'" in told) == (name is not None)
 
 
 def test_the_error_of_the_likelihood_is_that_of_all_pools() -> None:

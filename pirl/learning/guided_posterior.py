@@ -47,8 +47,8 @@ _QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "lo
 """Of the rounds' posteriors, of which the gates look at a hundred draws."""
 _MARGIN, _MARGIN_OF_TAIL = 1.5, 0.2
 _LEAST_SHARE, _FEW = 0.05, 30.0
-"""So many of the pool's samples, the smaller of this share and this number, should count before more are drawn. Less
-than the gate asks for: a posterior that is held back must not look known where it is held."""
+"""So many of the draws that a pool's samples count for, the smaller of this share and this number, should count before
+more are drawn. Less than the gate asks for: a posterior that is held back must not look known where it is held."""
 
 PolicyStep = Callable[[Any, Generator], Policy]
 """(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
@@ -366,8 +366,9 @@ def _near_samples(model: Callable[..., Any]) -> Callable[..., Any]:
         with _Laws() as laws:
             model(*args)
         for name, (law, seen) in laws.found.items():
-            ess = -(2 * law.log_weights.log_softmax(-1)).logsumexp(-1)
-            lacking = (math.log(min(_LEAST_SHARE * len(law.pool), _FEW)) - ess).clamp_min(0.0)
+            ess = law.pool.log_ess(law.log_weights)
+            draws = len(law.pool) * law.pool.efficiency
+            lacking = (math.log(min(_LEAST_SHARE * draws, _FEW)) - ess).clamp_min(0.0)
             odds = _by_reward(log_odds(law, seen), ess.shape)
             count = odds.shape[-1]
             fused = torch.nn.functional.softplus(math.log(count) - law.pool.log_ess_of(odds))

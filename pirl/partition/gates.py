@@ -97,7 +97,9 @@ def trusted_k(num_samples: int) -> float:
     return min(1 - 1 / math.log10(max(num_samples, 2)), 0.7)
 
 
-def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float = 0.95) -> str | None:
+def untrusted(
+    estimate: PartitionEstimate, num_demonstrations: int, share: float = 0.95, site: str | None = None
+) -> str | None:
     """Why a posterior that used these estimates should not be trusted, with figures and advice; None if it may be.
 
     With M demonstrations and a frozen proposal the posterior's mean moves by about sqrt(M / ESS) standard deviations.
@@ -108,6 +110,7 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
         estimate: at posterior draws, ``[draws]``.
         num_demonstrations: M.
         share: of the draws that must pass.
+        site: of a model with several pools, the one to name.
 
     Example:
         >>> untrusted(importance(torch.zeros(3, 1000)), num_demonstrations=5) is None
@@ -138,7 +141,8 @@ def untrusted(estimate: PartitionEstimate, num_demonstrations: int, share: float
         )
     if not found:
         return None
-    return f"log Z is not known well enough: {'; '.join(found)}: add samples of policies nearer to the posterior"
+    where = "" if site is None else f", least of all at site {site!r}"
+    return f"log Z is not known well enough{where}: {'; '.join(found)}: add samples of policies nearer to the posterior"
 
 
 def require_trusted(estimate: PartitionEstimate, num_demonstrations: int, share: float = 0.95) -> None:

@@ -255,6 +255,10 @@ class Pool:
         """Independent draws that a sample counts for on average."""
         return float(self._counts.sum()) / len(self)
 
+    def log_ess(self, log_weights: Float[Tensor, "*batch J"]) -> Float[Tensor, "*batch"]:
+        """log of the effective number of independent draws, as the weights of samples tell it; it has a slope."""
+        return -(2 * log_weights.log_softmax(-1) - self._worth.log()[self.origin]).logsumexp(-1)
+
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
         """log Z-hat and its diagnostics.
 
@@ -264,9 +268,9 @@ class Pool:
         for its variance the largest eigenvalue of sqrt(s) cov(e) sqrt(s), apart from what is common to all; that is
         added to 1 / ess, which is that variance by the samples.
         """
-        found, share = importance(log_weights), log_weights.detach().softmax(-1)
+        found, fixed = importance(log_weights), log_weights.detach()
+        share, ess = fixed.softmax(-1), self.log_ess(fixed).exp()
         worth, draws = self._worth, float(self._counts.sum())
-        ess = 1 / (share.square() / worth[self.origin]).sum(-1)
         # Where all are known equally well no share is more than what the sample counts for: Z-hat has no error.
         error = ((share - self.log_worth.exp() / len(self)).square() / worth[self.origin]).sum(-1)
         error = error * draws / max(draws - 1, 1)

@@ -77,7 +77,7 @@ def sampled_rewards(
             laws = list(given.sampled.values())
             found.append(laws[0].reward)
             if len(found) > plain:  # a candidate for the least known
-                ess.append(min(float(1 / law.log_weights.softmax(-1).square().sum(-1).max()) for law in laws))
+                ess.append(min(float(law.pool.log_ess(law.log_weights).min()) for law in laws))
     edge = sorted(range(len(ess)), key=lambda number: ess[number])[:least_known]
     return [*found[:plain], *(found[plain + number] for number in edge)]
 
@@ -148,7 +148,7 @@ def partition_quality(
         value, error, ess, khat = (field.flatten(1) for field in fields)
         of_demos = law.pool.ess_of(torch.stack(odds[name])).unsqueeze(1)
         estimate = PartitionEstimate(value, error, torch.minimum(ess, of_demos), khat, found.num_samples)
-        sites.append(_Site(law.pool, num_observed(law, seen[name]), estimate))
+        sites.append(_Site(name, law.pool, num_observed(law, seen[name]), estimate))
     return _together(sites)
 
 
@@ -171,11 +171,14 @@ class PartitionQuality(NamedTuple):
     """How many demonstrations share one error."""
     total_error: Float[Tensor, " draw"]
     """Standard error of log Z summed over all demonstrations, which is that of their log likelihood."""
+    weakest: str | None
+    """Of several pools, the site whose pool is furthest from what it should know; None where there is one pool."""
 
 
 class _Site(NamedTuple):
     """How well log Z of one sampled site is known at posterior draws."""
 
+    name: str
     pool: Pool
     explained: int
     """Demonstrations."""
@@ -192,7 +195,7 @@ def _together(sites: list[_Site]) -> PartitionQuality:
     """
     of_pool: dict[int, int] = {}
     moved: dict[int, Tensor] = {}  # the sum of log Z over what a pool explains: by one error for all of it, at most
-    for pool, explained, estimate in sites:
+    for _, pool, explained, estimate in sites:
         of_pool[id(pool)] = of_pool.get(id(pool), 0) + explained
         error = explained * estimate.standard_error.amax(1).cpu()
         moved[id(pool)] = moved[id(pool)] + error if id(pool) in moved else error
@@ -200,14 +203,16 @@ def _together(sites: list[_Site]) -> PartitionQuality:
     estimates = [site.estimate for site in sites]
     # On the CPU, wherever the model's tensors are made.
     inverse = torch.zeros(len(estimates[0].ess), dtype=torch.float64, device="cpu")
-    for pool, explained, estimate in sites:
+    for _, pool, explained, estimate in sites:
         inverse += explained * of_pool[id(pool)] * (1 / estimate.ess.double()).amax(1).cpu()
     khat = torch.cat([estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0) for estimate in estimates], 1).amax(1)
     error = torch.cat([estimate.standard_error for estimate in estimates], 1).amax(1)
     value = torch.cat([estimate.log_partition for estimate in estimates], 1).mean(1)
     ess, count = squares / inverse, math.ceil(squares / total)
-    for pool, _, estimate in sites:  # in units of what is asked for altogether
-        ess = torch.minimum(ess, estimate.ess.double().amin(1).cpu() * count / of_pool[id(pool)])
-    ess = ess.to(value)
+    known: dict[str, float] = {}
+    for name, pool, _, estimate in sites:  # in units of what is asked for altogether
+        share = estimate.ess.double().amin(1).cpu() * count / of_pool[id(pool)]
+        ess, known[name] = torch.minimum(ess, share), float(share.nan_to_num(nan=0.0).quantile(0.05))
+    ess, weakest = ess.to(value), min(known, key=lambda name: known[name]) if len(of_pool) > 1 else None
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in estimates))
-    return PartitionQuality(whole, count, torch.stack(list(moved.values())).square().sum(0).sqrt())
+    return PartitionQuality(whole, count, torch.stack(list(moved.values())).square().sum(0).sqrt(), weakest)
