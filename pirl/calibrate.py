@@ -164,7 +164,7 @@ def calibrate(
             "take more samples, or fewer num_draws (--draws)"
         )
     kwargs, options = own_keywords(model, options, model_kwargs)
-    check_options(engine, run, options)
+    check_options(engine, run, options, calibrate)
     setting = Setting.of(args, kwargs, device, dtype)
     with setting.entered(), one_thread():
         ranks = join(setting.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import math
@@ -122,7 +123,7 @@ def fit(
     check_counts(0, seed=seed)
     check_counts(1, num_chains=counts["num_chains"], num_samples=counts["num_samples"], thin=thin)
     kwargs, options = own_keywords(model, options, model_kwargs)
-    check_options(engine, run, options)
+    check_options(engine, run, options, fit)
     samples = "ranks" in parameters  # else it approximates
     if thin > 1 and not samples:
         raise OptionError(f"thin={thin} does not fit engine {engine!r}, whose draws are independent: ask for fewer")
@@ -261,8 +262,11 @@ def engine_options(run: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(run).parameters if name not in common]
 
 
-def check_options(engine: str, run: Callable[..., Any], options: Iterable[str]) -> None:
+def check_options(engine: str, run: Callable[..., Any], options: Iterable[str], caller: Callable[..., Any]) -> None:
     """Refuse options that an engine does not have.
+
+    Args:
+        caller: whose own options may be meant by a name that is nearly theirs.
 
     Raises:
         OptionError: names it, and those that there are.
@@ -270,7 +274,10 @@ def check_options(engine: str, run: Callable[..., Any], options: Iterable[str]) 
     known = engine_options(run)
     for name in options:
         if name not in known:
-            raise OptionError(f"engine {engine!r} has no option {name!r}; its options are {', '.join(known)}")
+            named = [*known, *inspect.signature(caller).parameters, *inspect.signature(fit).parameters]
+            near = difflib.get_close_matches(name, named, n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise OptionError(f"engine {engine!r} has no option {name!r}{meant}; its options are {', '.join(known)}")
 
 
 def _check_simulation(potential: Potential, setting: Setting) -> None:

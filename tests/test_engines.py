@@ -564,6 +564,9 @@ def test_unknown_names_are_listed() -> None:
         get_engine("gibbs")
     with pytest.raises(errors.OptionError, match="no option 'guide'.*target_accept_prob"):
         fit(regression, *regression_data(), guide="normal")
+    for near, meant in (("num_sample", "num_samples"), ("target_accept", "target_accept_prob")):
+        with pytest.raises(errors.OptionError, match=rf"no option '{near}' \(did you mean '{meant}'\?\)"):
+            fit(regression, *regression_data(), **{near: 1})
     with pytest.raises(errors.OptionError, match="multivariate_normal"):
         fit(regression, *regression_data(), engine="svi", guide="gaussian")
     with pytest.raises(errors.OptionError, match="init='zero'"):

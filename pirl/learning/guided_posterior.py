@@ -174,7 +174,8 @@ def bayesian_guided_cost(
         [...]
     """
     # What could be refused after all rounds is refused before them.
-    check_options(engine, get_engine(engine), options.keys() - inspect.signature(fit).parameters.keys())
+    others = options.keys() - inspect.signature(fit).parameters.keys()
+    check_options(engine, get_engine(engine), others, bayesian_guided_cost)
     pool, history = guided_pool(
         model, demos, simulator, *args, base=base, policy_step=policy_step, guide=guide, num_rounds=num_rounds,
         num_policies=num_policies, num_rollouts=num_rollouts, seed=seed, particles=particles,
