@@ -43,7 +43,7 @@ defaults = {
     "num_posterior_predictive": 0,
     "num_prior": 100,
     "log_likelihood": False,
-    "chees": {"num_chains": 16, "num_warmup": 200, "num_samples": 300, "target_accept_prob": 0.9},
+    "chees": {"num_chains": 16, "num_warmup": 200, "num_samples": 400, "target_accept_prob": 0.9},
 }
 labels = {"log_angle_cost": "log cost of the angle", "log_speed_cost": "log cost of turning",
           "log_torque_cost": "log cost of torque"}  # fmt: skip

@@ -8,7 +8,8 @@ from pirl.pool.demonstrations import (
     check_transitions,
     ratio_of_table,
 )
-from pirl.pool.samples import Features, Pool, checked_features, encode
+from pirl.pool.samples import Pool
+from pirl.pool.tables import Features, checked_features, encode
 
 __all__ = [
     "Features",

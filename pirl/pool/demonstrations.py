@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, HorizonError, InvalidTrajectoriesError, PartitionError
-from pirl.pool.samples import Pool, widened
+from pirl.pool.samples import Pool
+from pirl.pool.tables import widened
 from pirl.simulators import log_density
 
 
@@ -266,7 +267,7 @@ def check_support(pool: Pool, states: Tensor, actions: Tensor, lengths: Tensor) 
     Raises:
         PartitionError: names the first such demonstration.
     """
-    states, actions = widened(pool, states, actions)
+    states, actions = widened(states, actions, pool.horizon)
     if pool.base is not None:
         ruled_out = log_density(pool.base, states, actions, lengths) == -torch.inf
         if bool(ruled_out.any()):

@@ -13,21 +13,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.errors import (
-    InvalidRewardError,
     InvalidTrajectoriesError,
     OptionError,
     PartitionError,
-    PirlError,
     check_counts,
     form,
 )
 from pirl.partition import Constants, PartitionEstimate, importance, log_mean_exp, mixture_log_density, reconcile
+from pirl.pool.tables import Features, checked_features, encode, visits, widened
 from pirl.simulators import Policy, Rollouts, WholeLaw, log_density
 from pirl.simulators.protocols import check_policy, require_undiscounted
-from pirl.simulators.rollouts import paying
-
-Features = Callable[[Tensor, Tensor], Tensor]
-"""(states [..., ds], actions [..., da]) -> features [..., K]."""
 
 _ROUNDING = 1e-3
 """Share of a log density by which a policy may differ from itself: networks are in single precision."""
@@ -324,7 +319,7 @@ class Pool:
 
     def ratio_of(self, states: Tensor, actions: Tensor, lengths: Tensor) -> Float[Tensor, " N"]:
         """log p - log q of other trajectories, such as demonstrations, under the mixture of all policies."""
-        states, actions = widened(self, states, actions)
+        states, actions = widened(states, actions, self.horizon)
         under = torch.stack([log_density(policy, states, actions, lengths) for policy in self.policies])
         base = torch.zeros_like(under[0]) if self.base is None else log_density(self.base, states, actions, lengths)
         under = under - self.constants.unsqueeze(1)
@@ -340,7 +335,9 @@ class Pool:
             shape: numbers of states and of actions.
         """
         return self._remember(
-            ("visits", shape), table, lambda: _visits(self.table if table is None else table, shape, self)
+            ("visits", shape),
+            table,
+            lambda: visits(self.table if table is None else table, shape, self.horizon, self.dtype),
         )
 
     def feature_sums(
@@ -377,47 +374,6 @@ class Pool:
         return {**self.__dict__, "_memo": {}}
 
 
-def widened(pool: Pool, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbered trajectories that all ended early, as wide as the pool: any law sees that they ended before T."""
-    if not pool.tabular:
-        return states, actions
-
-    def widen(x: Tensor, size: int) -> Tensor:
-        return torch.cat([x, x.new_full((len(x), max(size - x.shape[1], 0), *x.shape[2:]), -1)], 1)
-
-    return widen(states, pool.states.shape[1]), widen(actions, pool.horizon)
-
-
-def encode(states: Tensor, actions: Tensor) -> Tensor:
-    """(state, action) of every step, the last without action: ``[N, T + 1, 2]`` or ``[N, T + 1, ds + da]``."""
-    if not states.is_floating_point():
-        last = torch.full_like(actions[:, :1], -1)
-        return torch.stack([states, torch.cat([actions, last], 1)], -1)
-    actions = actions.unsqueeze(-1) if actions.dim() == 2 else actions
-    actions = actions.to(states.dtype)
-    return torch.cat([states, torch.cat([actions, torch.zeros_like(actions[:, :1])], 1)], -1)
-
-
-def checked_features(features: Features, states: Tensor, actions: Tensor) -> Float[Tensor, "..."]:
-    """Features of states ``[..., ds]`` and actions ``[..., da]``, looked at: ``[..., K]``.
-
-    Raises:
-        InvalidRewardError: the function raised, or gave something else.
-    """
-    given = f"features(states {tuple(states.shape)}, actions {tuple(actions.shape)})"
-    try:
-        found = features(states, actions)
-    except PirlError:
-        raise
-    except Exception as error:
-        cause = (str(error).splitlines() or [""])[0]
-        raise InvalidRewardError(f"{given} failed: {type(error).__name__}: {cause}") from error
-    if not isinstance(found, Tensor) or found.shape[:-1] != states.shape[:-1] or found.dim() != states.dim():
-        batch = ", ".join(map(str, states.shape[:-1]))
-        raise InvalidRewardError(f"{given} returned {form(found)}; expected [{batch}, K]: stack them in the last dim")
-    return found
-
-
 def _check_rollouts(rollouts: Any) -> None:
     if not isinstance(rollouts, Rollouts):
         raise OptionError(f"rollouts is {form(rollouts)}: give what roll_out returned, then its policy")
@@ -442,14 +398,3 @@ def _check_player(rollouts: Rollouts, policy: Policy | WholeLaw) -> None:
 
 def _density(policy: Policy | WholeLaw, rollouts: Rollouts) -> Tensor:
     return log_density(policy, rollouts.states, rollouts.actions, rollouts.lengths)
-
-
-def _visits(table: Tensor, shape: tuple[int, int], pool: Pool) -> tuple[Tensor, Tensor]:
-    flat = table.reshape(-1, *table.shape[-2:])
-    states, actions, counted = paying(flat[..., 0], flat[..., 1], (flat[..., 1] >= 0).sum(-1), pool.horizon)
-    actions = actions if shape[1] > 1 else torch.zeros_like(actions)  # one column: of states alone
-    pair = torch.where(counted, states * shape[1] + actions, 0)
-    used, at = pair.unique(return_inverse=True)
-    counts = torch.zeros(len(flat), len(used), dtype=pool.dtype, device=table.device)
-    counts = counts.scatter_add_(-1, at, counted.to(counts.dtype))
-    return counts.reshape(*table.shape[:-2], len(used)), used
