@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from toys import Knowing, Misled, Plain, Scattered, steep
 
 import pirl
 from pirl.errors import ConvergenceWarning, OptionError, PartitionError
@@ -14,46 +15,6 @@ from pirl.learning import growth
 from pirl.learning.growth import Growth
 from pirl.particles import TiltedProposal
 from pirl.simulators import roll_out
-
-
-class Scattered:
-    """Starts of a wide normal law, one decision that does not matter: luck is all in the start."""
-
-    horizon = 1
-
-    def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        return 3 * torch.randn(num, 1, generator=generator, dtype=torch.float64)
-
-    def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return states
-
-
-class Plain:
-    """The base policy: one of two actions."""
-
-    def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randint(2, (len(states), 1), generator=generator).to(states)
-
-    def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
-        return torch.full((len(states),), -math.log(2), dtype=states.dtype)
-
-
-class Knowing(Plain):
-    """It, and what a start is worth."""
-
-    def value(self, states: Tensor, step: int) -> Tensor:
-        return steep(states, states)
-
-
-class Misled(Plain):
-    """It, and what no start is worth."""
-
-    def value(self, states: Tensor, step: int) -> Tensor:
-        return torch.full((len(states),), -torch.inf, dtype=states.dtype)
-
-
-def steep(states: Tensor, actions: Tensor) -> Tensor:
-    return -5 * states[:, 0].square()
 
 
 def flat(states: Tensor, actions: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from toys import Knowing, Scattered, steep
 
 import pirl
 from pirl.envs import gridworld, gridworld_features
@@ -436,38 +437,13 @@ def test_particles_count_for_as_many_samples_as_they_are_worth() -> None:
     assert abs(float(found.log_partition) - exact) < 1e-12 and float(found.standard_error) < 1e-12
 
 
-class _Scattered:
-    """Starts of a wide normal law, one decision that does not matter."""
-
-    horizon = 1
-
-    def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
-        return 3 * torch.randn(num, 1, generator=generator, dtype=torch.float64)
-
-    def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return states
-
-
-class _Knowing:
-    """The base policy, and what the start is worth."""
-
-    def sample(self, states: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randint(2, (len(states), 1), generator=generator).to(states)
-
-    def log_prob(self, states: Tensor, actions: Tensor, step: int) -> Tensor:
-        return torch.full((len(states),), -math.log(2), dtype=states.dtype)
-
-    def value(self, states: Tensor, step: int) -> Tensor:
-        return -5 * states[:, 0].square()
-
-
 def test_a_value_of_another_shape_is_named() -> None:
-    class Column(_Knowing):
+    class Column(Knowing):
         def value(self, states: Tensor, step: int) -> Tensor:
             return states
 
     with pytest.raises(PartitionError, match=r"policy.value gave .*\(2, 160, 1\) for 320 states: expected one number"):
-        tilt(_Scattered(), Column(), lambda s, a: s[:, 0], 20, base=_Knowing(), num_runs=2)
+        tilt(Scattered(), Column(), lambda s, a: s[:, 0], 20, base=Knowing(), num_runs=2)
 
 
 def test_starts_are_chosen_among_sixteen_times_as_many() -> None:
@@ -476,11 +452,11 @@ def test_starts_are_chosen_among_sixteen_times_as_many() -> None:
     For r = -c s^2 / 2 and starts N(0, 9), Z = (1 + 9 c)^(-1/2) and E[w^2] = (1 + 18 c)^(-1/2). The likeliest start of
     16 n is chosen n / (16 n Z) = .6 times on average, here at most once. Of the n starts alone, 1 in 7 would count.
     """
-    policy, generator = _Knowing(), torch.Generator().manual_seed(0)
+    policy, generator = Knowing(), torch.Generator().manual_seed(0)
     z, square = 91**-0.5, 181**-0.5
     found, worth = [], []
     for _ in range(200):
-        _, proposal = tilt(_Scattered(), policy, lambda s, a: -5 * s[:, 0].square(), 100, generator, base=policy)
+        _, proposal = tilt(Scattered(), policy, steep, 100, generator, base=policy)
         worth.append(proposal.efficiency)
         found.append(math.exp(proposal.log_partition) / z)
     # All particles count, but for what five runs' means of the reward differ by chance; by the starts alone, 1 in 7.
