@@ -47,7 +47,7 @@ class ValuedPolicy(Policy, Protocol):
 
 
 class TiltedProposal:
-    """p(tau) exp(r0(tau)) / Z-hat(r0): what draws of :func:`tilt` count as in a :class:`pirl.Pool`.
+    """p(tau) exp(r0(tau)) / Z-hat(r0): what draws of :func:`tilt` are of, in a :class:`pirl.Pool`.
 
     Attributes:
         reward: r0.
@@ -57,6 +57,9 @@ class TiltedProposal:
             whose Z-hat is small hardly count.
         horizon: T of the simulator, before which a shorter episode ended; None: as many as there are columns.
         steps_taken: environment steps of all particles, those that left no draw included.
+
+    Raises:
+        OptionError: the efficiency is out of range.
 
     Example:
         >>> simulator = pirl.simulators.TabularSimulator(world)
@@ -76,6 +79,8 @@ class TiltedProposal:
         horizon: int | None = None,
         steps_taken: int = 0,
     ) -> None:
+        if not 0 < efficiency <= 1:
+            raise OptionError(f"efficiency is {efficiency}: a particle counts for more than 0 draws, and 1 at most")
         self.reward, self.base, self.horizon, self.steps_taken = reward, base, horizon, steps_taken
         self.log_partition, self.standard_error, self.efficiency = log_partition, standard_error, efficiency
 

@@ -173,13 +173,32 @@ def test_samples_that_were_copied_count_as_they_did() -> None:
     made, offset, real, ratio = (x.squeeze(-1) for x in _split(normal, (40, 3), (40, 1), (6, 3), (6, 1)))
     copied = torch.arange(40).repeat_interleave(torch.tensor([2, 1]).repeat_interleave(20))
     worth = torch.tensor([0.5, 1.0]).double().repeat_interleave(torch.tensor([40, 20]))
-    worth = (worth / worth.mean()).log()
     once = Sums(real, made, offset, torch.zeros(40).double(), ratio)
-    twice = Sums(real, made[copied], offset[copied] + worth, worth, ratio)
+    twice = Sums(real, made[copied], offset[copied], worth.log(), ratio)
     point = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
-    for objective, x in ((_likelihood, point[:3]), (lambda *args: _discriminator(*args[:2], "even", 0.1), point)):
-        for one, other in zip(objective(once, x, 0.1), objective(twice, x, 0.1), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    told = []
+    for sums in (once, twice):
+        told.append([
+            *_likelihood(sums, point[:3], 0.1), *_discriminator(sums, point, "even", 0.1),
+            *_discriminator(sums, point, "counts", 0.1), *(sums.effective_share(x * point[:3]) for x in (0.1, 1, 5)),
+        ])  # fmt: skip
+    for one, other in zip(*told, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_worlds_sums_weigh_as_its_pool_does() -> None:
+    mdp, features, demos = problem(0.3, num=5)
+    world = make_world(demos, TabularSimulator(mdp), features, 0, 0.1, "trajectory", None, None)
+    world.begin(200)
+    weights = torch.tensor([2.0, -2.0, 1.0], dtype=torch.float64)
+    world.tilt(world.learn(weights, 50), weights, 100)
+    pool, sums = world.pool, world.sums()
+    assert pool.efficiency < 0.95
+    for reward in (torch.zeros(3).double(), weights):
+        estimate = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, reward)).estimate()
+        log_z = (sums.pool @ reward + sums.log_offset).logsumexp(0) - math.log(len(pool))
+        torch.testing.assert_close(log_z, estimate.log_partition, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pool.ratio_of(pool.states, pool.actions, pool.lengths), sums.log_ratio)
 
 
 def _split(numbers: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -473,7 +492,7 @@ def test_weights_stay_where_demonstrations_say_that_samples_are(
     few: dict[str, Any] = {"num_rounds": 6, "num_rollouts": 8, "seed": seed}
     found = guided_cost(demos, TabularSimulator(mdp), gridworld_features(4, 4, 8), **few)
     assert not found.attrs["converged"] and float(found.parameters["weights"].abs().max()) < 10
-    monkeypatch.setattr(Sums, "ess_of_demos", lambda self, weights: torch.tensor(torch.inf, dtype=torch.float64))
+    monkeypatch.setattr(Sums, "log_share_of_demos", lambda self, weights: torch.tensor(torch.inf, dtype=torch.float64))
     monkeypatch.setattr(World, "imitate", lambda self, num_rollouts: None)
     monkeypatch.setattr(FiniteWorld, "imitate", lambda self, num_rollouts: None)
     with pytest.raises(PartitionError, match="the weights run away .* give more roll-outs, or l2"):

@@ -179,8 +179,29 @@ def test_constants_are_reconciled() -> None:
     # Without overlap the estimates stay, in single precision too.
     apart = torch.tensor([[0.0, 0.0, -900.0, -900.0], [-900.0, -900.0, 0.0, 0.0]])
     assert float(reconcile(apart, torch.tensor([0, 0, 1, 1]), torch.full((2,), 0.1)).shift.abs().max()) < 1e-6
-    # What is known for certain stays; and so does one estimate alone.
-    assert not bool(reconcile(density, origin, torch.tensor([0.0, 0.0, 0.1]).double()).shift.any())
+    # One estimate alone stays.
+    assert not bool(reconcile(density[:1], 0 * origin, torch.tensor([0.1]).double()).shift.any())
+
+
+@pytest.mark.parametrize("sure", [[0], [0, 2]])
+def test_constants_that_are_known_stay_and_hold_the_others(sure: list[int]) -> None:
+    """Estimates that are off by 1, with errors that say nothing: as near as samples can tell, which is as told."""
+    off = torch.ones(3, dtype=torch.float64)
+    off[sure] = 0.0
+    standard = []
+    for seed in range(60):
+        density, origin, log_z = overlapping(seed)
+        found = reconcile(density - (log_z + off).unsqueeze(1), origin, 100 * off)
+        moved = found.shift + off
+        assert not bool(found.shift[sure].any()) and not bool(found.covariance[sure].any())
+        free = off.bool()
+        root = torch.linalg.cholesky(found.covariance[free][:, free])
+        standard.append(torch.linalg.solve_triangular(root, moved[free].unsqueeze(1), upper=False).squeeze(1))
+    square = torch.stack(standard).square()
+    # Mean squares of standard normal numbers, 60 of each.
+    assert abs(float(square.mean()) - 1) < 4 * math.sqrt(2 / square.numel())
+    # Errors that say that the estimates are known leave them.
+    assert float(reconcile(density - (log_z + off).unsqueeze(1), origin, 1e-4 * off).shift.abs().max()) < 1e-3
 
 
 def test_constants_weigh_what_samples_and_estimates_know() -> None:
@@ -423,18 +444,65 @@ def test_particles_count_for_as_many_samples_as_they_are_worth() -> None:
         once = TiltedProposal(reward, base, law.log_partition, 0.1, 0.9 / copies, STEPS)
         repeated = Rollouts(*(x.repeat(copies, *[1] * (x.dim() - 1)) for x in drawn[:4]))
         pool = Pool.of(plain, base, base).add(repeated, once)
-        weights = torch.stack([x * returns(reward, pool.states, pool.actions, pool.lengths) for x in (0.0, 0.5, 1.2)])
-        found = pool.judge(weights + pool.log_offset)
+        rewards = reward * torch.tensor([0.0, 0.5, 1.2]).double().reshape(3, 1, 1, 1)
+        found = pirl.SampledMaxEntTrajectory(pool, rewards).estimate()
         ratio = pool.ratio_of(other.states, other.actions, other.lengths)
         told.append([found.log_partition, found.ess, found.standard_error, ratio, pool.ess_of(ratio)])
     for one, many in zip(*told, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-10, atol=1e-10)
+    assert float(pool.efficiency) < 0.5
     # Where the samples know log Z exactly, unequal worth makes no error.
     exact = float(pirl.log_partition(mdp, reward))
     same = TiltedProposal(reward, base, exact, 0.0, 0.25, STEPS), TiltedProposal(reward, base, exact, 0.0, 1.0, STEPS)
     pool = Pool.of(drawn, same[0], base).add(drawn, same[1])
     found = pool.judge(returns(reward, pool.states, pool.actions, pool.lengths) + pool.log_offset)
     assert abs(float(found.log_partition) - exact) < 1e-12 and float(found.standard_error) < 1e-12
+
+
+def test_weights_are_unbiased_and_errors_honest_whatever_particles_are_worth() -> None:
+    """Copies of exact draws, a third or a fifth of a draw each, beside roll-outs."""
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    log_z = {scale: float(pirl.log_partition(mdp, scale * reward)) for scale in (0.5, 1.0, 1.5)}
+    generator, found = torch.Generator().manual_seed(14), []
+    torch.manual_seed(14)
+    for _ in range(150):
+        pool = Pool.of(roll_out(simulator, base, 80, generator), base, base)
+        for scale, copies, num in ((0.5, 3, 40), (1.0, 5, 30)):
+            table = pirl.MaxEntTrajectory(mdp, scale * reward).sample((num,))
+            states, actions = (x.repeat(copies, 1) for x in (table[..., 0], table[:, :-1, 1]))
+            law = TiltedProposal(scale * reward, base, log_z[scale], 0.0, 1 / copies, STEPS)
+            lengths = torch.full((len(states),), STEPS)
+            pool = pool.add(Rollouts(states, actions, law.log_density(states, actions, lengths), lengths), law)
+        estimate = pirl.SampledMaxEntTrajectory(pool, 1.5 * reward).estimate()
+        found.append((float(estimate.log_partition) - log_z[1.5], float(estimate.standard_error)))
+    off, told = torch.tensor(found, dtype=torch.float64).unbind(1)
+    ratio = off.exp() - 1
+    assert abs(float(ratio.mean())) < 4 * float(ratio.std()) / math.sqrt(150)
+    # The square of the error told is an upper bound of the variance, as numbers of samples are fixed; and a close one.
+    variance, bound = float((ratio.square()).mean()), float((told * off.exp()).square().mean())
+    assert 0.6 * bound < variance < bound * (1 + 4 * math.sqrt(2 / 150))
+
+
+def test_poor_particles_do_not_spoil_good_roll_outs() -> None:
+    """Few particles in two runs with a twist that misleads, whose Z-hat is known less well than it says.
+
+    Taken for as many samples as they are, with a constant that roll-outs do not correct, the error is 5 times theirs.
+    """
+    mdp, reward = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(3)
+    bent = SoftPolicy(
+        base.log_policy.expand(STEPS, -1, -1),
+        1.5 * torch.randn(STEPS, mdp.num_states, generator=generator).double(), (),
+    )  # fmt: skip
+    log_z, off = float(pirl.log_partition(mdp, reward)), []
+    for _ in range(80):
+        alone = Pool.of(roll_out(simulator, base, 500, generator), base, base)
+        both = alone.add(*tilt(simulator, bent, 2 * reward, 40, generator, base=base, num_runs=2))
+        off.append([float(pirl.SampledMaxEntTrajectory(x, reward).log_partition) - log_z for x in (alone, both)])
+    alone, both = (torch.tensor(off, dtype=torch.float64).exp() - 1).square().mean(0).sqrt().tolist()
+    assert both < 2 * alone, (alone, both)
 
 
 def test_a_value_of_another_shape_is_named() -> None:

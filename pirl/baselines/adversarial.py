@@ -81,21 +81,21 @@ def _discriminator(sums: Sums, parameters: Tensor, odds: str, l2: float) -> Step
     """Log-likelihood of the labels; parameters are the weights, then log Z.
 
     The log density ratio of a demonstration to a roll-out needs the demonstration's own q: both are made of actions'
-    probabilities under the policies of the pool. Each roll-out has the weight of what it counts for.
+    probabilities under the policies of the pool. Each sample of the pool has the weight of what it counts for.
     """
     weights, log_z = parameters[:-1], parameters[-1]
-    count, size = len(sums.demos), len(sums.pool)
-    bias = math.log(count / size) if odds == "counts" else 0.0
-    each = (1.0, 1.0) if odds == "counts" else (1.0, count / size)  # both scaled by the number of demonstrations
+    worth = sums.log_worth.exp()
+    ratio = len(sums.demos) / float(worth.sum())
+    bias = math.log(ratio) if odds == "counts" else 0.0
+    worth = worth if odds == "counts" else ratio * worth  # as much as demonstrations in all
     real = sums.demos @ weights - log_z + sums.demos_log_ratio + bias
-    made = sums.pool @ weights - log_z + sums.log_offset - sums.log_worth + bias
-    worth = each[1] * sums.log_worth.exp()
-    value = each[0] * logsigmoid(real).sum() + worth @ logsigmoid(-made)
+    made = sums.pool @ weights - log_z + sums.log_ratio + bias
+    value = logsigmoid(real).sum() + worth @ logsigmoid(-made)
     ones = torch.ones_like(real).unsqueeze(1), torch.ones_like(made).unsqueeze(1)
     design = torch.cat([sums.demos, -ones[0]], 1), torch.cat([sums.pool, -ones[1]], 1)
     p, q = real.sigmoid(), made.sigmoid()
-    gradient = each[0] * (1 - p) @ design[0] - (worth * q) @ design[1]
-    curvature = each[0] * (design[0] * (p * (1 - p)).unsqueeze(1)).mT @ design[0]
+    gradient = (1 - p) @ design[0] - (worth * q) @ design[1]
+    curvature = (design[0] * (p * (1 - p)).unsqueeze(1)).mT @ design[0]
     curvature = curvature + (design[1] * (worth * q * (1 - q)).unsqueeze(1)).mT @ design[1]
     penalty = torch.cat([weights, weights.new_zeros(1)])
     ridge = torch.diag(torch.cat([torch.full_like(weights, l2), weights.new_zeros(1)]))

@@ -274,9 +274,7 @@ def _climb(
     rounding = 1e-9 * len(sums.demos)
 
     def size(x: Tensor) -> float:
-        share = (sums.pool @ x[:num_features] + sums.log_offset).softmax(0)
-        seen = torch.minimum(1 / share.square().sum(), sums.ess_of_demos(x[:num_features]))
-        return float(seen) / len(share)
+        return float(sums.effective_share(x[:num_features]))
 
     floor = min(least_ess, size(start))
     for _ in range(_MOST_STEPS):

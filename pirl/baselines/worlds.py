@@ -30,22 +30,32 @@ HISTORY = ("objective", "ess", "sd_log_weight", "change", "environment_steps")
 
 
 class Sums(NamedTuple):
-    """What a reward step sees: features summed over trajectories, and the offsets of log weights."""
+    """What a reward step sees: features summed over trajectories, and what their returns are weighed by."""
 
     demos: Float[Tensor, "N K"]
     pool: Float[Tensor, "J K"]
-    log_offset: Float[Tensor, " J"]
-    """Of log weights of the pool's samples, which are log p - log q and log of what each sample counts for."""
+    log_ratio: Float[Tensor, " J"]
+    """log p - log q of the pool's samples, q the mixture of its policies."""
     log_worth: Float[Tensor, " J"]
-    """The last of these alone."""
+    """log of the independent draws that each of these counts for."""
     demos_log_ratio: Float[Tensor, " N"]
-    """The same of the demonstrations, whose actions the policies of the pool might have taken."""
+    """log p - log q of the demonstrations, whose actions the policies of the pool might have taken."""
 
-    def ess_of_demos(self, weights: Tensor) -> Tensor:
-        """Effective samples as the demonstrations see them (:meth:`pirl.Pool.ess_of`), of samples worth one each."""
-        log_partition = log_mean_exp(self.pool @ weights + self.log_offset)
+    @property
+    def log_offset(self) -> Float[Tensor, " J"]:
+        """What returns are added to for log weights, whose mean is Z-hat: see :attr:`pirl.Pool.log_offset`."""
+        return self.log_ratio + self.log_worth - log_mean_exp(self.log_worth)
+
+    def effective_share(self, weights: Tensor) -> Tensor:
+        """The share of the pool's draws that count, as its own weights tell it or those of demonstrations: the less."""
+        log_weights = self.pool @ weights + self.log_offset
+        own = -(2 * log_weights.log_softmax(0) - self.log_worth).logsumexp(0) - self.log_worth.logsumexp(0)
+        return torch.minimum(own, self.log_share_of_demos(weights)).exp()
+
+    def log_share_of_demos(self, weights: Tensor) -> Tensor:
+        """Its logarithm as demonstrations tell it: see :meth:`pirl.Pool.ess_of`."""
         odds = log_mean_exp(self.demos @ weights + self.demos_log_ratio)
-        return len(self.pool) * (log_partition - odds).exp()
+        return log_mean_exp(self.pool @ weights + self.log_offset) - odds
 
 
 class World:
@@ -103,7 +113,7 @@ class World:
         """For a reward step."""
         ratio = self.pool.ratio_of(self.demos.states, self.demos.actions, self.demos.lengths)
         features = self.features_of(self.demos.as_tensor()), self.features_of(None)
-        return Sums(*features, self.pool.log_offset, self.pool.log_worth, ratio)
+        return Sums(*features, self.pool.log_ratio, self.pool.log_worth, ratio)
 
     def record(
         self, history: dict[str, list[float]], weights: Tensor, newest: slice, value: float, change: float

@@ -106,6 +106,11 @@ def reconcile(
     sample came from, p(k | tau) proportional to n_k q_k(tau) exp(-c_k). Its variance is H^- - diag(1/n) (Kong et al.
     2003): none where proposals are the same. Weighed against what is known of each constant beforehand, N(0, error^2).
 
+    Constants that are known (error 0), as those of policies' roll-outs, stay, and hold the others: a filter of few
+    particles that all missed the same has a constant that is too small, and a small error of it; roll-outs that found
+    it know better. All of them together are one proposal, their mixture, with n_0 samples, and the variance is
+    H^-1 - diag(1/n) - 1/n_0, H without them.
+
     Args:
         log_densities: log q_k of every sample under every proposal, with the constants as estimated.
         origin: which proposal each sample came from.
@@ -123,27 +128,36 @@ def reconcile(
     _check_proposals(log_densities, origin, errors, worth)
     # In double precision: what proposals without overlap leave is far below that of floats.
     constants, covariance = torch.zeros_like(errors), torch.diag(errors.square())
-    free = (errors > 0).nonzero().flatten()
-    if len(free) < 2:
+    free, known = (errors > 0).nonzero().flatten(), (errors == 0).nonzero().flatten()
+    held = len(known) > 0
+    if len(free) + held < 2:
         return Constants(constants, covariance)
-    label = origin.unsqueeze(0) == free.unsqueeze(1)
-    kept = label.any(0)
-    label, density = label[:, kept].double(), log_densities[free][:, kept].double()
-    weight = (torch.ones_like(errors) if worth is None else worth).double()[origin[kept]]
-    counts = (label * weight).sum(1)
-    ones = torch.full_like(label[:, :1] @ label[:, :1].mT, 1 / len(free))  # fixes the sum, which is free
-    # Proposals without samples in common have no curvature; their agreement is worth nothing below.
+    weight = (torch.ones_like(errors) if worth is None else worth).double()[origin]
+    label = (origin.unsqueeze(0) == free.unsqueeze(1)).double()
+    counts, density = (label * weight).sum(1), log_densities[free].double()
+    log_counts = counts.log()
+    if held:  # their mixture comes last, and stays
+        share = (weight * (origin.unsqueeze(0) == known.unsqueeze(1))).sum(1)
+        mixture = (share.log().unsqueeze(1) + log_densities[known].double()).logsumexp(0)
+        density, log_counts = torch.cat([density, mixture.unsqueeze(0)]), torch.cat([log_counts, share.new_zeros(1)])
+    eye = torch.diag(torch.ones_like(counts))
+    # Without it, the sum is free, and fixed. Proposals without samples in common have no curvature; their agreement is
+    # worth nothing below.
+    ones = 0 * eye if held else torch.full_like(eye, 1 / len(free))
     floor = counts.sum() * ones + 1e-9 * torch.diag(counts)
     agreed = torch.zeros_like(counts)
     for _ in range(100):
-        share = (counts.log() - agreed).unsqueeze(1).add(density).softmax(0)
+        shift = torch.cat([agreed, agreed.new_zeros(1)]) if held else agreed
+        share = (log_counts - shift).unsqueeze(1).add(density).softmax(0)[: len(free)]
         curvature = torch.diag((share * weight).sum(1)) - (share * weight) @ share.mT
         step = torch.linalg.solve(curvature + floor, ((share - label) * weight).sum(1))
         agreed = agreed + step.clamp(-1, 1)  # a longer one is a sign of samples that do not overlap
         if float(step.abs().max()) < 1e-10:
             break
-    centre = torch.diag(torch.ones_like(counts)) - ones
+    centre = eye - ones
     variance = torch.linalg.inv(curvature + floor) - torch.diag(1 / counts)
+    if held:
+        variance = variance - 1 / (weight.sum() - counts.sum())
     size, axes = torch.linalg.eigh(centre @ variance @ centre)
     precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
     before = torch.diag(errors[free].double() ** -2)

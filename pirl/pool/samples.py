@@ -92,7 +92,7 @@ class Pool:
             rollouts.states, rollouts.actions, rollouts.lengths, base, log_base,
             (policy,), torch.zeros_like(rollouts.lengths), _density(policy, rollouts).unsqueeze(0), rollouts.terminal,
         )  # fmt: skip
-        _ = pool.log_ratio
+        _ = pool.log_offset
         return pool
 
     def add(self, rollouts: Rollouts, policy: Policy | WholeLaw) -> Pool:
@@ -133,7 +133,7 @@ class Pool:
             torch.cat([torch.cat([self.log_densities, under_old], 1), under_new.unsqueeze(0)]),
             rollouts.terminal if self.terminal is None else self.terminal,
         )
-        _ = pool.log_ratio
+        _ = pool.log_offset
         return pool
 
     def _of_each(self, name: str, default: float) -> Float[Tensor, " K"]:
@@ -205,7 +205,10 @@ class Pool:
 
     @property
     def log_ratio(self) -> Float[Tensor, " J"]:
-        """log p - log q of the actions, q the mixture of all proposals as :meth:`ratio_of` has it."""
+        """log p - log q of the actions, q the mixture of all proposals, as :meth:`ratio_of` has it of others.
+
+        For weights take :attr:`log_offset`, which tells what particles count for.
+        """
         if "log_ratio" not in self._memo:
             if bool((self.log_base == torch.inf).any() | self.log_base.isnan().any()):
                 raise PartitionError("the base measure's log density is NaN or +inf at a sample")
@@ -215,17 +218,20 @@ class Pool:
 
     @property
     def log_worth(self) -> Float[Tensor, " J"]:
-        """log of what each sample counts for beside the others; the mean of its exponential is 1."""
-        return (self._worth / self.efficiency).log()[self.origin]
+        """log of the independent draws that each sample counts for: 0, or less where particles share ancestors."""
+        return self._worth.log()[self.origin]
 
     @property
     def log_offset(self) -> Float[Tensor, " J"]:
-        """What a return is added to for a log weight, whose mean is Z: :attr:`log_ratio` and :attr:`log_worth`."""
-        return self._remember(("offset",), None, lambda: self.log_ratio + self.log_worth)
+        """What a return is added to for a log weight: log of p / q times what the sample counts for beside the others.
+
+        The mean of weights is Z-hat; their tail, of which k-hat is, is that of the mean.
+        """
+        return self._remember(("offset",), None, lambda: self.log_ratio + self.log_worth - math.log(self.efficiency))
 
     @property
     def _worth(self) -> Float[Tensor, " K"]:
-        """Independent draws that a sample of each proposal counts for: 1, or less where particles share ancestors."""
+        """Independent draws that a sample of each proposal counts for; of particles an estimate from them."""
         return self._of_each("efficiency", 1.0)
 
     @property
@@ -252,7 +258,7 @@ class Pool:
 
     def log_ess(self, log_weights: Float[Tensor, "*batch J"]) -> Float[Tensor, "*batch"]:
         """log of the effective number of independent draws, as the weights of samples tell it; it has a slope."""
-        return -(2 * log_weights.log_softmax(-1) - self._worth.log()[self.origin]).logsumexp(-1)
+        return -(2 * log_weights.log_softmax(-1) - self.log_worth).logsumexp(-1)
 
     def judge(self, log_weights: Float[Tensor, "*batch J"]) -> PartitionEstimate:
         """log Z-hat and its diagnostics.
@@ -266,9 +272,10 @@ class Pool:
         found, fixed = importance(log_weights), log_weights.detach()
         share, ess = fixed.softmax(-1), self.log_ess(fixed).exp()
         worth, draws = self._worth, float(self._counts.sum())
-        # Where all are known equally well no share is more than what the sample counts for: Z-hat has no error.
-        error = ((share - self.log_worth.exp() / len(self)).square() / worth[self.origin]).sum(-1)
-        error = error * draws / max(draws - 1, 1)
+        # Where all samples have the same p exp(r) / q, each has the share that it counts for, and Z-hat has no error.
+        each = worth[self.origin]
+        error = ((share - each / draws).square() / each).sum(-1)
+        error = error * (draws / (draws - 1) if draws > 1 else math.nan)
         if bool(self._of_each("standard_error", 0.0).any()):
             covariance = self._reconciled.covariance.to(share)
             carried = torch.zeros(*share.shape[:-1], len(worth), dtype=share.dtype, device=share.device)
@@ -304,9 +311,12 @@ class Pool:
         return self._remember(("table",), None, lambda: encode(self.states, self.actions))
 
     def constant_data(self) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-        """How many samples each policy gave."""
+        """How many samples each policy gave, and how many independent draws those count for."""
         counts = torch.bincount(self.origin, minlength=len(self.policies))
-        return {"pool_samples": (("policy",), counts.cpu().numpy())}
+        return {
+            "pool_samples": (("policy",), counts.cpu().numpy()),
+            "pool_draws": (("policy",), self._counts.cpu().numpy()),
+        }
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Pool:
         """A copy elsewhere, or of another precision. Policies stay where they are."""
