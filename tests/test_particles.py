@@ -200,6 +200,9 @@ def test_constants_that_are_known_stay_and_hold_the_others(sure: list[int]) -> N
     square = torch.stack(standard).square()
     # Mean squares of standard normal numbers, 60 of each.
     assert abs(float(square.mean()) - 1) < 4 * math.sqrt(2 / square.numel())
+    # Samples of one law, under three names, know the others' constants exactly by the one that is known.
+    same = reconcile(density[:1] - off.unsqueeze(1), origin, 100 * off)
+    assert torch.allclose(same.shift, -off, atol=1e-6) and float(same.covariance.abs().max()) < 1e-6
     # Errors that say that the estimates are known leave them.
     assert float(reconcile(density - (log_z + off).unsqueeze(1), origin, 1e-4 * off).shift.abs().max()) < 1e-3
 

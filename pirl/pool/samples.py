@@ -33,7 +33,8 @@ class Pool:
     """Samples of one or more policies, weighed against the base measure by the balance heuristic.
 
     Particles share ancestors; those of a proposal count for as many samples as they are worth, in the mixture as in
-    the mean. Taken for as many as they are, they would take the weight from roll-outs that know more.
+    the mean. Taken for as many as they are, they would take the weight from roll-outs that know more. Their log Z-hat,
+    which their density needs, is held by the roll-outs, whose density is known (:attr:`constants`).
 
     Make one by :meth:`of`, and a larger one by :meth:`add`; nothing is changed in place, so that a policy or simulator
     that fails leaves the pool as it was. Only action probabilities are needed: the dynamics of proposal and model are
