@@ -299,7 +299,7 @@ plt.show()
 # Without chance every rung comes near maximum likelihood (the upper half of the table); they differ in what they cost.
 # With 10% of moves astray, guided cost and its relatives are soon nearer to maximum likelihood than that is to the
 # truth (the dotted line): more rounds would not help the analyst. The weighted gradient gets there too, with many times
-# the steps. All this is one run each, so that small differences mean nothing; particles bring no clear gain here.
+# the steps. All this is one run each, so that small differences mean nothing: that particles came nearest may be luck.
 #
 # The plain sample gradient stops elsewhere, at weights too large. The right side says why. Without chance the weights
 # of a policy's roll-outs become equal, to the last digits of floating-point numbers, once every move has been tried.
