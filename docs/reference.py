@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERNAL = {
     # Rooms whose public names are those that `pirl` itself exports.
     "pirl.continuous", "pirl.fit", "pirl.mdp", "pirl.pool", "pirl.pool.demonstrations", "pirl.pool.samples",
-    "pirl.rewards", "pirl.sampled", "pirl.trajectories",
+    "pirl.pool.tables", "pirl.rewards", "pirl.sampled", "pirl.trajectories",
     # What the rooms are built from.
     "pirl.backups", "pirl.cli", "pirl.convergence", "pirl.gaussian_integrals", "pirl.model_file", "pirl.replicates",
     "pirl.setting", "pirl.soft_values", "pirl.stationary", "pirl.statistics", "pirl.summary", "pirl.transitions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,8 @@ from pirl.convergence import ess_bulk
 from pirl.datasets import simulate
 from pirl.envs import gridworld, gridworld_features
 from pirl.errors import ConvergenceWarning, InvalidRewardError, ModelError, OptionError, PartitionError, SimulatorError
-from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior
+from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior, near_samples
+from pirl.learning import rounds as guided_rounds
 from pirl.partition import PartitionEstimate, untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.posterior import from_samples
@@ -266,7 +268,7 @@ def test_the_rounds_model_is_the_less_likely_the_fewer_samples_count() -> None:
     mdp, features, demos = problem(0.1, num=7)
     base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
     pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 400, generator), base, base)
-    near = guided_posterior._near_samples(model)
+    near = near_samples.near_samples(model)
     lacks, more = [], []
     for size in (0.0, 1.0, 20.0):
         weights = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
@@ -302,7 +304,7 @@ def test_the_rounds_model_of_groups_is_that_of_each(groups: int) -> None:
             pyro.sample("trajectories", law, obs=demos)
 
     def likelihood(x: Any, *args: Any) -> float:
-        return float(pyro.poutine.trace(guided_posterior._near_samples(x)).get_trace(*args).log_prob_sum())
+        return float(pyro.poutine.trace(near_samples.near_samples(x)).get_trace(*args).log_prob_sum())
 
     table = demos.as_tensor().unflatten(0, (groups, 5))
     each = [likelihood(together, weights[g : g + 1], table[g : g + 1]) for g in range(groups)]
@@ -333,8 +335,8 @@ def test_a_round_begins_anew_where_the_last_ones_draw_has_no_density() -> None:
     base = base_policy(mdp)
     pool = pirl.Pool.of(roll_out(TabularSimulator(mdp), base, 500, torch.Generator().manual_seed(0)), base, base)
     given, start = (demos, pool, features), {"init": {"weights": torch.full((3,), torch.inf)}}
-    found = guided_posterior._guide(model, given, "laplace", 0, guided_posterior._QUICK, start)
-    expected = guided_posterior._guide(model, given, "laplace", 0, guided_posterior._QUICK, {})
+    found = guided_rounds._guide(model, given, "laplace", 0, guided_rounds._QUICK, start)
+    expected = guided_rounds._guide(model, given, "laplace", 0, guided_rounds._QUICK, {})
     assert found.attrs["engine"] == "laplace"
     np.testing.assert_array_equal(found.posterior["weights"], expected.posterior["weights"])
 
@@ -358,7 +360,7 @@ def test_the_rounds_posterior_is_the_models_where_the_gate_is_met() -> None:
             .get_trace(demos, pool, features)
             .log_prob_sum()
         )
-        for x in (model, guided_posterior._near_samples(model))
+        for x in (model, near_samples.near_samples(model))
     )
     assert -0.04 <= bounded - plain < 0
 
@@ -369,7 +371,7 @@ def test_the_pool_grows_beyond_what_the_approximation_needs(
 ) -> None:
     """The engine may reach further: just enough samples, or tails that just pass, are not enough; nor is one round."""
     mdp, features, demos = problem(0.1, num=5)
-    fitted, kept = guided_posterior._guide, list[Any]()
+    fitted, kept = guided_rounds._guide, list[Any]()
 
     def sure(*args: Any) -> Any:
         kept[:] = kept or [fitted(*args)]
@@ -377,10 +379,46 @@ def test_the_pool_grows_beyond_what_the_approximation_needs(
         kept[0].attrs["partition_pareto_k"] = khat
         return kept[0]
 
-    monkeypatch.setattr(guided_posterior, "_guide", sure)
+    monkeypatch.setattr(guided_rounds, "_guide", sure)
     sizes: dict[str, Any] = {"num_rounds": 3, "num_policies": 1, "num_rollouts": 50, "guide_options": QUICK}
     found = guided_pool(model, demos, TabularSimulator(mdp), features, progress=False, **sizes)
     assert {len(x) for x in found.history.values()} == {rounds}
+
+
+def test_rounds_go_on_where_the_engine_finds_what_they_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the rounds' approximation always says that the pool knows all; the engine's draws tell that it does not."""
+    mdp, features, demos = problem(0.1, num=5)
+    fitted, engine, asked = guided_rounds._guide, guided_posterior.fit, list[Any]()
+
+    def sure(*args: Any) -> Any:
+        found = fitted(*args)
+        found.attrs |= {"partition_trusted": 1, "partition_ess": 1e6, "partition_pareto_k": 0.0}
+        return found
+
+    @functools.wraps(engine)
+    def noted(*args: Any, **options: Any) -> Any:
+        found = engine(*args, **options)
+        asked.append((options.get("checkpoint"), found.attrs["partition_trusted"], found.attrs["partition_ess"]))
+        return found
+
+    monkeypatch.setattr(guided_rounds, "_guide", sure)
+    monkeypatch.setattr(guided_posterior, "fit", noted)
+    sizes: dict[str, Any] = {"num_policies": 2, "num_rollouts": 100, "guide_options": QUICK, "progress": False, **SHORT}
+    call = (model, demos, TabularSimulator(mdp), features)
+    with pytest.warns(ConvergenceWarning, match="its 2 rounds"):
+        bayesian_guided_cost(*call, num_rounds=2, **sizes)
+    assert [trusted for _, trusted, _ in asked] == [0]
+    asked.clear()
+    found = bayesian_guided_cost(*call, num_rounds=60, **sizes)
+    assert [trusted for _, trusted, _ in asked] == [0, 1]
+    # What they looked at is the engine's draws, with the margin.
+    assert 2 < len(found.history["ess"]) < 60 and asked[-1][2] > 1.2 * 5 * ESS_PER_DEMONSTRATION
+    # It does not go on without end.
+    monkeypatch.setattr(guided_rounds.Rounds, "_known", lambda self, posterior: True)
+    asked.clear()
+    with pytest.warns(ConvergenceWarning, match="not known well enough"):
+        bayesian_guided_cost(*call, num_rounds=60, **sizes)
+    assert len(asked) == guided_posterior._MOST_POSTERIORS
 
 
 def test_demonstrations_that_cannot_be_are_refused_before_the_first_round() -> None:
