@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 _QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "log_likelihood": False}
 """Of the rounds' posteriors, of which the gates look at a hundred draws."""
-_MARGIN, _MARGIN_OF_TAIL = 1.5, 0.2
+_MARGIN, _MARGIN_OF_TAIL = 2.0, 0.2
+"""The gate's samples may move means by a tenth of a standard deviation, and the engine may reach where they are fewer:
+the rounds go on until there are twice as many, and tails are lighter by so much."""
 
 PolicyStep = Callable[[Any, Generator], Policy]
 """(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
