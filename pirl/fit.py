@@ -262,11 +262,11 @@ def engine_options(run: Callable[..., Any]) -> list[str]:
     return [name for name in inspect.signature(run).parameters if name not in common]
 
 
-def check_options(engine: str, run: Callable[..., Any], options: Iterable[str], caller: Callable[..., Any]) -> None:
+def check_options(engine: str, run: Callable[..., Any], options: Iterable[str], *callers: Callable[..., Any]) -> None:
     """Refuse options that an engine does not have.
 
     Args:
-        caller: whose own options may be meant by a name that is nearly theirs.
+        callers: whose own options may be meant by a name that is nearly theirs.
 
     Raises:
         OptionError: names it, and those that there are.
@@ -274,8 +274,9 @@ def check_options(engine: str, run: Callable[..., Any], options: Iterable[str], 
     known = engine_options(run)
     for name in options:
         if name not in known:
-            named = [*known, *inspect.signature(caller).parameters, *inspect.signature(fit).parameters]
-            near = difflib.get_close_matches(name, named, n=1)
+            parameters = [x for caller in callers for x in inspect.signature(caller).parameters.values()]
+            own = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY]
+            near = difflib.get_close_matches(name, [*known, *own], n=1)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise OptionError(f"engine {engine!r} has no option {name!r}{meant}; its options are {', '.join(known)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -413,6 +414,24 @@ def test_rounds_go_on_where_the_engine_finds_what_they_did_not(monkeypatch: pyte
     assert [trusted for _, trusted, _ in asked] == [0, 1]
     # What they looked at is the engine's draws, with the margin.
     assert 2 < len(found.history["ess"]) < 60 and asked[-1][2] > 1.2 * 5 * ESS_PER_DEMONSTRATION
+    # Where it cannot go on, what was found is not lost; the model's own precision is not the pool's.
+    reach = guided_rounds.Rounds.reach
+
+    def fails(self: guided_rounds.Rounds, posterior: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guided_rounds.Rounds, "reach", fails)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = bayesian_guided_cost(*call, num_rounds=60, **sizes)
+    assert not found.posterior.attrs["partition_trusted"]
+    told = [str(x.message) for x in caught if x.category is ConvergenceWarning]
+    assert "could not go on (KeyboardInterrupt: interrupted): this is the posterior of before" in told[0]
+    assert "log Z is not known well enough" in told[1] and len(told) == 2
+    monkeypatch.setattr(guided_rounds.Rounds, "reach", reach)
+    asked.clear()
+    found = bayesian_guided_cost(*call, num_rounds=60, dtype=torch.float32, **sizes)
+    assert found.posterior.attrs["dtype"] == "float32" and [trusted for _, trusted, _ in asked] == [0, 1]
     # It does not go on without end.
     monkeypatch.setattr(guided_rounds.Rounds, "_known", lambda self, posterior: True)
     asked.clear()
@@ -622,6 +641,16 @@ def test_a_bad_pool_does_not_hide_behind_a_good_one() -> None:
         assert found.weakest == name
         told = str(untrusted(*found[:2], site=found.weakest))
         assert ("least of all at site 'site a'" in told) == (name is not None)
+
+
+def test_the_pool_with_the_heavy_tail_is_named() -> None:
+    def site(pool: Any, ess: float, khat: float) -> from_samples._Site:
+        rows = torch.full((3, 1), ess)
+        estimate = PartitionEstimate(0 * rows, ess**-0.5 + 0 * rows, rows, khat + 0 * rows, 10**6)
+        return from_samples._Site(f"site {pool}", pool, 10, estimate)
+
+    found = from_samples._together([site("a", 200_000.0, 0.95), site("b", 150_000.0, 0.1)])
+    assert "at site 'site a': Pareto k-hat" in str(untrusted(*found[:2], site=found.weakest))
 
 
 def test_the_error_of_the_likelihood_is_that_of_all_pools() -> None:

@@ -188,10 +188,11 @@ def test_constants_that_are_known_stay_and_hold_the_others(sure: list[int]) -> N
     """Estimates that are off by 1, with errors that say nothing: as near as samples can tell, which is as told."""
     off = torch.ones(3, dtype=torch.float64)
     off[sure] = 0.0
+    known = off == 0
     standard = []
     for seed in range(60):
         density, origin, log_z = overlapping(seed)
-        found = reconcile(density - (log_z + off).unsqueeze(1), origin, 100 * off)
+        found = reconcile(density - (log_z + off).unsqueeze(1), origin, 100 * off, known=known)
         moved = found.shift + off
         assert not bool(found.shift[sure].any()) and not bool(found.covariance[sure].any())
         free = off.bool()
@@ -201,10 +202,44 @@ def test_constants_that_are_known_stay_and_hold_the_others(sure: list[int]) -> N
     # Mean squares of standard normal numbers, 60 of each.
     assert abs(float(square.mean()) - 1) < 4 * math.sqrt(2 / square.numel())
     # Samples of one law, under three names, know the others' constants exactly by the one that is known.
-    same = reconcile(density[:1] - off.unsqueeze(1), origin, 100 * off)
+    same = reconcile(density[:1] - off.unsqueeze(1), origin, 100 * off, known=known)
     assert torch.allclose(same.shift, -off, atol=1e-6) and float(same.covariance.abs().max()) < 1e-6
-    # Errors that say that the estimates are known leave them.
-    assert float(reconcile(density - (log_z + off).unsqueeze(1), origin, 1e-4 * off).shift.abs().max()) < 1e-3
+    # Errors that say that the estimates are known leave them, unless those who know contradict: .1 is within their
+    # error here, 1 is not, and 0 is no error that anybody may have.
+    for error in (1e-4, 0.0):
+        near, far = (
+            reconcile(density - (log_z + size * off).unsqueeze(1), origin, error * off, known=known).shift
+            for size in (0.1, 1.0)
+        )
+        assert float(near.abs().max()) < 1e-3
+        assert bool(((far + off)[~known].abs() < 0.3).all())
+    # Without those who know, an estimate without error is left alone.
+    assert not bool(reconcile(density - off.unsqueeze(1), origin, 0 * off).shift.any())
+
+
+def test_a_filter_that_missed_is_corrected() -> None:
+    """A reward that hardly any particle finds: all runs have the same Z-hat, and no error of it."""
+    mdp, _ = world()
+    simulator, base = TabularSimulator(mdp), base_policy(mdp)
+    generator = torch.Generator().manual_seed(5)
+    rare = torch.zeros(mdp.num_states, mdp.num_actions, dtype=torch.float64)
+    visits = messages(mdp, rare).mu.sum((0, 2))
+    rare[int(visits.argmin())] = 6.0
+    log_z = float(pirl.log_partition(mdp, rare))
+    flat = SoftPolicy(base.log_policy.expand(STEPS, -1, -1), torch.zeros(STEPS, mdp.num_states).double(), ())
+    plain = Pool.of(roll_out(simulator, base, 2000, generator), base, base)
+    missed = 0
+    for _ in range(40):
+        drawn, law = tilt(simulator, flat, rare, 8, generator, base=base, num_runs=2)
+        if law.log_partition > log_z - 3:
+            continue
+        missed += 1
+        alone, both = (pirl.SampledMaxEntTrajectory(x, rare).estimate() for x in (plain, plain.add(drawn, law)))
+        # Believed, they would be off by as much as their constant, and hundreds of samples would seem to count. What is
+        # left is that they pass for eight draws of a law that eleven of the roll-outs know.
+        assert abs(float(both.log_partition) - log_z) < (log_z - law.log_partition) / 3
+        assert 8 < float(alone.ess) < 15 and float(both.ess) < 1.5 * float(alone.ess)
+    assert missed > 20
 
 
 def test_constants_weigh_what_samples_and_estimates_know() -> None:

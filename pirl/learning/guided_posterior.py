@@ -8,12 +8,11 @@ posterior is inferred again, until log Z is known well enough over its draws (:f
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pirl.errors import check_counts, counted
+from pirl.errors import ConvergenceWarning, PirlError, check_counts, counted
 from pirl.fit import check_options, fit
 from pirl.infer import get_engine
 from pirl.infer.progress import progress_bar
@@ -91,7 +90,8 @@ def bayesian_guided_cost(
     the weights of samples and as those of demonstrations tell it), ``engine`` samples it with the pool as it is.
 
     Demonstrations that start in different given states have a log Z each: give lists of demonstrations and of
-    simulators, one for each start. The model then gets lists of demonstrations and of pools.
+    simulators, one for each start. The model then gets lists of demonstrations and of pools. A simulator that draws
+    starts makes them part of what the demonstrators chose: it is for starts that they could choose.
 
     Args:
         model: observes the demonstrations by :class:`pirl.SampledMaxEntTrajectory`, whose pool is its second argument.
@@ -114,8 +114,8 @@ def bayesian_guided_cost(
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
     The engine may find more than the rounds' approximation did, where the pool knows less. Then rounds go on, with
-    policies for its draws, and it samples again, three times at most (a checkpoint of these is PATH.2, PATH.3). A pool
-    that is still too poor after the last round is told by a warning and by the posterior's label.
+    policies for its draws, and it samples again, three times at most (once with ``checkpoint`` or ``model_kwargs``). A
+    pool that is still too poor after the last round is told by a warning and by the posterior's label.
 
     Returns:
         Posterior, pool (a list of pools for several simulators) and history of the rounds: see
@@ -150,24 +150,42 @@ def bayesian_guided_cost(
     """
     # What could be refused after all rounds is refused before them.
     others = options.keys() - inspect.signature(fit).parameters.keys()
-    check_options(engine, get_engine(engine), others, bayesian_guided_cost)
+    check_options(engine, get_engine(engine), others, bayesian_guided_cost, fit)
     check_counts(1, num_rounds=num_rounds)
     rounds = Rounds(
         model, demos, simulator, args, base=base, policy_step=policy_step, guide=guide, num_policies=num_policies,
         num_rollouts=num_rollouts, seed=seed, particles=particles, guide_options=guide_options,
     )  # fmt: skip
-    checkpoint = options.get("checkpoint")
-    for number in range(_MOST_POSTERIORS):
+    told = list[warnings.WarningMessage]()
+
+    def improve() -> None:
         with progress_bar("guided cost learning", num_rounds, progress) as update:
             rounds.run(num_rounds, update)
-        if number and checkpoint is not None:  # with another pool it is another run
-            options["checkpoint"] = f"{os.fspath(checkpoint)}.{number + 1}"
-        with warnings.catch_warnings(record=True) as told:
+
+    def sampled() -> GuidedPosterior:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             posterior = fit(model, *rounds.given, engine=engine, seed=seed, progress=progress, **options)
-        if len(rounds) == num_rounds or number == _MOST_POSTERIORS - 1 or not _may_go_on(posterior):
+        # What an earlier posterior did not know is mended, or told by the last one again.
+        told[:] = [x for x in told if not issubclass(x.category, ConvergenceWarning)] + caught
+        return GuidedPosterior(posterior, rounds.pool, rounds.history)
+
+    improve()
+    found = sampled()
+    # A checkpoint is of one run, with one pool; and rounds do not know the model's own keywords.
+    alone = options.get("checkpoint") is None and not options.get("model_kwargs")
+    for _ in range(_MOST_POSTERIORS - 1):
+        attrs = found.posterior.attrs
+        if attrs["partition_trusted"] or attrs.get("interrupted") == "True" or len(rounds) == num_rounds or not alone:
             break
-        rounds.reach(posterior)
+        try:
+            rounds.reach(found.posterior)
+            improve()
+            found = sampled()
+        except (PirlError, KeyboardInterrupt) as error:
+            why = f"the rounds could not go on ({type(error).__name__}: {str(error) or 'interrupted'})"
+            warnings.warn(f"{why}: this is the posterior of before", ConvergenceWarning, stacklevel=2)
+            break
     for warning in told:
         message = str(warning.message).replace(
             "add samples of policies nearer to the posterior",
@@ -175,14 +193,7 @@ def bayesian_guided_cost(
             "raise num_rounds or num_rollouts",
         )
         warnings.warn(message, warning.category, stacklevel=2)
-    return GuidedPosterior(posterior, rounds.pool, rounds.history)
-
-
-def _may_go_on(posterior: xarray.DataTree | None) -> bool:
-    """Whether a posterior is one that more rounds could mend, and that this process has to itself."""
-    if posterior is None or posterior.attrs["partition_trusted"]:
-        return False
-    return posterior.attrs["num_ranks"] == 1 and posterior.attrs.get("interrupted") != "True"
+    return found
 
 
 def guided_pool(

@@ -6,17 +6,18 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 
 from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionError, check_counts, counted, form
 from pirl.fit import fit
 from pirl.gaussian_integrals import GaussianKernel
-from pirl.infer.engine import own_generator
+from pirl.infer.engine import one_thread, own_generator
+from pirl.infer.ranks import join
 from pirl.learning.growth import Growth
 from pirl.learning.near_samples import check_observed, near_samples
 from pirl.local_control import LocalLearner
 from pirl.particles import can_tilt
-from pirl.partition import untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, trusted_k
 from pirl.pool import Pool, check_explained, check_transitions
 from pirl.posterior import prior_rewards, sampled_rewards
@@ -66,6 +67,11 @@ class Rounds:
         particles: bool | None,
         guide_options: Mapping[str, Any] | None,
     ) -> None:
+        if join(torch.device("cpu")).size > 1:
+            raise OptionError(
+                "guided cost learning runs in one process: make the pool in one (guided_pool), and give it to pirl.fit "
+                "in several"
+            )
         check_counts(1, num_policies=num_policies)
         check_counts(4, num_rollouts=num_rollouts)
         if guide not in ("laplace", "svi"):
@@ -190,17 +196,18 @@ class Rounds:
         """Whether the pool as it is knows log Z over draws of an earlier posterior, with the margin."""
         dtype = self.pools[0].dtype
         draws = {str(n): torch.as_tensor(x.values).flatten(0, 1) for n, x in drawn_of(posterior).data_vars.items()}
-        with default_dtype(dtype), own_generator():
+        with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False):
             found = partition_quality(self.model, self.given, {}, {name: x.to(dtype) for name, x in draws.items()})
         assert found is not None
-        need = _MARGIN * ESS_PER_DEMONSTRATION * found.num_demos
-        return untrusted(found.estimate, found.num_demos) is None and float(found.estimate.ess.quantile(0.05)) >= need
+        ess, khat = found.estimate.ess, found.estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0)
+        enough = float(ess.quantile(0.05)) >= _MARGIN * ESS_PER_DEMONSTRATION * found.num_demos
+        return enough and float(khat.quantile(0.95)) <= trusted_k(found.estimate.num_samples) - _MARGIN_OF_TAIL
 
     def _follow(self, posterior: xarray.DataTree) -> None:
         """Half of the next policies go where a posterior is, half to its edge, where the pool knows least."""
         self.rewards = sampled_rewards(
             posterior, self.model, *self.given, num_draws=self.num_policies, seed=self.seed + len(self) - 1,
-            least_known=self.num_policies // 2,
+            least_known=self.num_policies // 2, dtype=self.pools[0].dtype,
         )  # fmt: skip
 
 

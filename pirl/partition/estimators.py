@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pirl.errors import OptionError, PartitionError, check_counts, check_generator, form
@@ -93,11 +93,16 @@ def mixture_log_density(log_densities: Float[Tensor, "K N"], counts: Tensor) -> 
     return log_density
 
 
+_CONFLICT = 3.0
+"""Standard errors by which an estimate is contradicted."""
+
+
 def reconcile(
     log_densities: Float[Tensor, "K N"],
     origin: Int[Tensor, " N"],
     errors: Float[Tensor, " K"],
     worth: Float[Tensor, " K"] | None = None,
+    known: Bool[Tensor, " K"] | None = None,
 ) -> Constants:
     """What to add to the proposals' estimated log normalising constants, so that all samples agree on them.
 
@@ -106,30 +111,33 @@ def reconcile(
     sample came from, p(k | tau) proportional to n_k q_k(tau) exp(-c_k). Its variance is H^- - diag(1/n) (Kong et al.
     2003): none where proposals are the same. Weighed against what is known of each constant beforehand, N(0, error^2).
 
-    Constants that are known (error 0), as those of policies' roll-outs, stay, and hold the others: a filter of few
-    particles that all missed the same has a constant that is too small, and a small error of it; roll-outs that found
-    it know better. All of them together are one proposal, their mixture, with n_0 samples, and the variance is
-    H^-1 - diag(1/n) - 1/n_0, H without them.
+    Constants that are known, as those of policies' roll-outs, stay, and hold the others. All of them together are one
+    proposal, their mixture, with n_0 samples, and the variance is H^-1 - diag(1/n) - 1/n_0, H without them. A filter
+    of few particles that all missed the same has a constant that is too small, and a small error of it: where an
+    estimate is three standard errors off what roll-outs say, its error is as large as it is off.
 
     Args:
         log_densities: log q_k of every sample under every proposal, with the constants as estimated.
         origin: which proposal each sample came from.
-        errors: standard errors of the log constants; 0 where they are known.
+        errors: standard errors of the log constants, as estimated; estimates without error move only where known
+            constants contradict them.
         worth: independent draws that a sample counts for (particles share ancestors); 1 by default.
+        known: whose constants are no estimates; none by default.
 
     Raises:
         PartitionError: shapes disagree, a density is NaN or +inf, a proposal that there is not or that gave no sample,
-            or errors that are negative or not finite.
+            errors that are negative or not finite, or samples that are worth nothing.
 
     Example:
         >>> reconcile(torch.zeros(2, 6), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.1])).shift
         tensor([0., 0.])
     """
-    _check_proposals(log_densities, origin, errors, worth)
+    known = torch.zeros_like(errors, dtype=torch.bool) if known is None else known
+    _check_proposals(log_densities, origin, errors, worth, known)
     # In double precision: what proposals without overlap leave is far below that of floats.
-    constants, covariance = torch.zeros_like(errors), torch.diag(errors.square())
-    free, known = (errors > 0).nonzero().flatten(), (errors == 0).nonzero().flatten()
-    held = len(known) > 0
+    held = bool(known.any())
+    constants, covariance = torch.zeros_like(errors), torch.diag(torch.where(known, 0.0, errors.square()))
+    free = (~known if held else errors > 0).nonzero().flatten()
     if len(free) + held < 2:
         return Constants(constants, covariance)
     weight = (torch.ones_like(errors) if worth is None else worth).double()[origin]
@@ -137,9 +145,9 @@ def reconcile(
     counts, density = (label * weight).sum(1), log_densities[free].double()
     log_counts = counts.log()
     if held:  # their mixture comes last, and stays
-        share = (weight * (origin.unsqueeze(0) == known.unsqueeze(1))).sum(1)
-        mixture = (share.log().unsqueeze(1) + log_densities[known].double()).logsumexp(0)
-        density, log_counts = torch.cat([density, mixture.unsqueeze(0)]), torch.cat([log_counts, share.new_zeros(1)])
+        of_known = torch.zeros(len(known)).to(weight).index_add(0, origin, weight)[known]
+        mixture = (of_known.log().unsqueeze(1) + log_densities[known].double()).logsumexp(0)
+        density, log_counts = torch.cat([density, mixture.unsqueeze(0)]), torch.cat([log_counts, weight.new_zeros(1)])
     eye = torch.diag(torch.ones_like(counts))
     # Without it, the sum is free, and fixed. Proposals without samples in common have no curvature; their agreement is
     # worth nothing below.
@@ -157,17 +165,22 @@ def reconcile(
     centre = eye - ones
     variance = torch.linalg.inv(curvature + floor) - torch.diag(1 / counts)
     if held:
-        variance = variance - 1 / (weight.sum() - counts.sum())
+        variance = variance - 1 / of_known.sum()
     size, axes = torch.linalg.eigh(centre @ variance @ centre)
     precision = centre @ (axes / size.clamp(min=1e-8)) @ axes.mT @ centre
-    before = torch.diag(errors[free].double() ** -2)
+    stated = errors[free].double().square()
+    if held:
+        by_samples = variance.diagonal().clamp_min(0)
+        against = agreed.square() > _CONFLICT**2 * (stated + by_samples)
+        stated = torch.where(against, agreed.square() - by_samples, stated)
+    before = torch.diag(1 / stated.clamp_min(1e-16))
     after = torch.linalg.inv(precision + before)
     constants[free] = (after @ precision @ agreed).to(errors)
     covariance[free.unsqueeze(1), free] = after.to(errors)
     return Constants(constants, covariance)
 
 
-def _check_proposals(log_densities: Any, origin: Any, errors: Any, worth: Any) -> None:
+def _check_proposals(log_densities: Any, origin: Any, errors: Any, worth: Any, known: Any) -> None:
     check_form(log_densities, "log densities")
     proposals, samples = log_densities.shape if log_densities.dim() == 2 else (-1, -1)
     given = {"origin": (origin, samples), "errors": (errors, proposals)}
@@ -185,9 +198,14 @@ def _check_proposals(log_densities: Any, origin: Any, errors: Any, worth: Any) -
         raise PartitionError(
             f"samples are of proposals {origin.unique().tolist()}: each of 0 to {proposals - 1} must have given some"
         )
+    if not isinstance(known, Tensor) or known.shape != (proposals,) or known.dtype != torch.bool:
+        raise PartitionError(f"known is {form(known)}: expected [{proposals}] truth values, one a proposal")
     for name, x in (("errors", errors), ("worth", worth)):
         if x is not None and not bool((x.isfinite() & (x >= 0)).all()):
             raise PartitionError(f"{name} are {x.tolist()}: expected finite numbers from 0 on")
+    # Numbers of draws are summed, and differences of their inverses taken.
+    if worth is not None and bool((worth < 1e-9).any()):
+        raise PartitionError(f"worth is {worth.tolist()}: leave out proposals whose samples are worth nothing")
 
 
 def importance(log_weights: Float[Tensor, "*batch N"]) -> PartitionEstimate:

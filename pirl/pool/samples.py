@@ -248,7 +248,8 @@ class Pool:
     @property
     def _reconciled(self) -> Constants:
         def compute() -> Constants:
-            return reconcile(self.log_densities, self.origin, self._of_each("standard_error", 0.0), self._worth)
+            known = torch.tensor([not isinstance(law, WholeLaw) for law in self.policies], device=self.device)
+            return reconcile(self.log_densities, self.origin, self._of_each("standard_error", 0.0), self._worth, known)
 
         return self._remember(("constants",), None, compute)
 
@@ -277,8 +278,8 @@ class Pool:
         each = worth[self.origin]
         error = ((share - each / draws).square() / each).sum(-1)
         error = error * (draws / (draws - 1) if draws > 1 else math.nan)
-        if bool(self._of_each("standard_error", 0.0).any()):
-            covariance = self._reconciled.covariance.to(share)
+        covariance = self._reconciled.covariance.to(share)
+        if bool(covariance.any()):
             carried = torch.zeros(*share.shape[:-1], len(worth), dtype=share.dtype, device=share.device)
             carried = carried.index_add(-1, self.origin, share)
             root = carried.sqrt()

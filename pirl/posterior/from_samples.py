@@ -15,6 +15,7 @@ from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
 from pirl.infer.potential import own_errors
 from pirl.partition import PartitionEstimate
+from pirl.partition.gates import ESS_PER_DEMONSTRATION
 from pirl.pool import Pool, ratio_of_table
 from pirl.posterior.draws import Given, default_dtype, drawn_of, law_of
 from pirl.sampled import SampledMaxEntTrajectory
@@ -34,6 +35,7 @@ def sampled_rewards(
     num_draws: int = 4,
     seed: int = 0,
     least_known: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> list[Any]:
     """Rewards of some posterior draws, as the model gives them to its :class:`pirl.SampledMaxEntTrajectory`.
 
@@ -44,6 +46,7 @@ def sampled_rewards(
         num_draws: how many rewards; fewer where the posterior has no more draws.
         least_known: so many of them are those of which the pool has the fewest effective samples, among eight times as
             many draws.
+        dtype: of the model's arguments, where they are of another precision than the posterior's.
 
     Raises:
         ModelError: the model observes no :class:`pirl.SampledMaxEntTrajectory`.
@@ -65,7 +68,7 @@ def sampled_rewards(
     index = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     plain = num_draws - least_known
     index = index[: plain + _CANDIDATES * least_known]
-    dtype = getattr(torch, posterior.attrs.get("dtype", "float64"))
+    dtype = getattr(torch, posterior.attrs.get("dtype", "float64")) if dtype is None else dtype
     found, ess = list[Any](), list[float]()
     with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False), torch.no_grad():
         values = {str(n): torch.as_tensor(x.values).flatten(0, 1).to(dtype) for n, x in dataset.data_vars.items()}
@@ -213,6 +216,12 @@ def _together(sites: list[_Site]) -> PartitionQuality:
     for name, pool, _, estimate in sites:  # in units of what is asked for altogether
         share = estimate.ess.double().amin(1).cpu() * count / of_pool[id(pool)]
         ess, known[name] = torch.minimum(ess, share), float(share.nan_to_num(nan=0.0).quantile(0.05))
-    ess, weakest = ess.to(value), min(known, key=lambda name: known[name]) if len(of_pool) > 1 else None
+    ess = ess.to(value)
+    weakest = None
+    if len(of_pool) > 1:
+        weakest = min(known, key=lambda name: known[name])
+        if known[weakest] >= ESS_PER_DEMONSTRATION * count:  # then only tails can be wrong
+            tails = {x.name: float(x.estimate.pareto_k.nan_to_num(nan=1.0).amax(1).quantile(0.95)) for x in sites}
+            weakest = max(tails, key=lambda name: tails[name])
     whole = PartitionEstimate(value, error, ess, khat, min(estimate.num_samples for estimate in estimates))
     return PartitionQuality(whole, count, torch.stack(list(moved.values())).square().sum(0).sqrt(), weakest)
