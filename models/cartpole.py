@@ -7,7 +7,7 @@ are the costs ``exp(log_tilt_cost) * (angle / 12 degrees)^2 + exp(log_place_cost
 under which the agent's choices of left and right are likely. All episodes have the same number of decisions and go on
 after a fall, so that their length tells nothing. log Z comes from samples of a simulator alone.
 
-The pool takes most of the time, about two minutes in all on one core.
+The pool takes most of the time, some minutes in all on one core.
 
     pirl fit models/cartpole.py --plot costs.png
 """
