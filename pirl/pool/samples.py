@@ -220,7 +220,7 @@ class Pool:
     @property
     def log_worth(self) -> Float[Tensor, " J"]:
         """log of the independent draws that each sample counts for: 0, or less where particles share ancestors."""
-        return self._worth.log()[self.origin]
+        return self._remember(("log worth",), None, lambda: self._worth.log()[self.origin])
 
     @property
     def log_offset(self) -> Float[Tensor, " J"]:
@@ -256,7 +256,7 @@ class Pool:
     @property
     def efficiency(self) -> float:
         """Independent draws that a sample counts for on average."""
-        return float(self._counts.sum()) / len(self)
+        return self._remember(("efficiency",), None, lambda: float(self._counts.sum()) / len(self))
 
     def log_ess(self, log_weights: Float[Tensor, "*batch J"]) -> Float[Tensor, "*batch"]:
         """log of the effective number of independent draws, as the weights of samples tell it; it has a slope."""
