@@ -23,7 +23,7 @@ from pirl.posterior import reward_draws
 from pirl.rewards import expected_reward, lifted_network, lifted_reward, linear_reward, neural_reward, tabular_reward
 from pirl.sampled import FeatureReward, SampledMaxEntTrajectory
 from pirl.trajectories import Trajectories
-from pirl.verdicts import verdicts
+from pirl.verdicts import is_calibrated, print_verdicts, verdicts
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "diagnose",
     "expected_reward",
     "fit",
+    "is_calibrated",
     "lifted_network",
     "lifted_reward",
     "linear_reward",
@@ -52,6 +53,7 @@ __all__ = [
     "occupancy",
     "optimal_policy",
     "policy_value",
+    "print_verdicts",
     "reward_draws",
     "soft_policy",
     "stationary_distribution",

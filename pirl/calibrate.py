@@ -146,6 +146,15 @@ def calibrate(
         >>> study = pirl.calibrate(model, plan, mdp, features, engine="laplace", num_replicates=4, num_draws=9, seed=1)
         >>> study["ranks"]["weights"].sizes["draw"], sorted(study.children)
         (4, ['prior', 'prior_sbc', 'ranks', 'recovery', 'sample_stats'])
+        >>> def walks(parameters, arguments):  # of a world that is not the model's, or of a pyro.factor
+        ...     reward = pirl.linear_reward(arguments["features"], parameters["weights"])
+        ...     lengths = arguments["demos"].lengths
+        ...     table = pirl.MaxCausalEntTrajectory(arguments["mdp"], reward, lengths=lengths).sample()
+        ...     return {"demos": pirl.Trajectories(table[..., 0], table[:, :-1, 1])}
+        >>> sizes = dict(engine="laplace", num_replicates=4, num_draws=9)
+        >>> found = pirl.calibrate(model, plan, mdp, features, draw_data=walks, **sizes)
+        >>> pirl.is_calibrated(found)
+        True
     """
     if not callable(model):
         raise OptionError(f"the model is {form(model)}: give a function, then its arguments")

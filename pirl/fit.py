@@ -94,7 +94,8 @@ def fit(
     Attributes of the answer tell how it was made (engine, options, seed, versions, seconds); "identified_rhat",
     "identified_ess" and "identified_directions" of "num_directions": convergence in what demonstrations can show; and
     where log Z is estimated from a pool, "partition_trusted" (1 or 0), "partition_problem" (why not), "partition_ess"
-    and "partition_pareto_k" (at the worst twentieth of the draws). Log-likelihoods and evidence of such models are
+    and "partition_pareto_k" (at the worst twentieth of the draws), and "partition_starts", where demonstrations' starts
+    do not fit what follows them. Log-likelihoods and evidence of such models are
     relative to p(tau): they compare models of the same demonstrations, not with models that know the dynamics.
 
     Ctrl-C ends sampling and returns the draws so far (of smc there are none before its end). Under ``torchrun`` the
@@ -228,10 +229,11 @@ def _partition_quality(
         found = partition_quality(model, args, kwargs, draws)
     if found is None:
         return {}
-    estimate, count, total_error, weakest = found
+    estimate, count, total_error, weakest, starts = found
     reason = untrusted(estimate, count, site=weakest)
-    if reason is not None:
-        warnings.warn(reason, ConvergenceWarning, stacklevel=3)
+    for told in (reason, starts):
+        if told is not None:
+            warnings.warn(told, ConvergenceWarning, stacklevel=3)
     return {
         "partition_estimator": "importance sampling from a fixed pool",
         "partition_measure": "log likelihoods and the evidence are relative to p(tau)",
@@ -243,6 +245,7 @@ def _partition_quality(
         "partition_total_error": float(total_error.quantile(0.95)),
         "partition_trusted": int(reason is None),
         **({} if reason is None else {"partition_problem": reason}),
+        **({} if starts is None else {"partition_starts": starts}),
     }
 
 

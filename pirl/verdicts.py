@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SMALL = 0.05
 """Adjusted p-value below which a quantity is called out: the chance that a sound study calls out any."""
 
+CHANCE = 0.001
+"""Adjusted p-value above which one is told that it may be chance: more studies than one may look at are sound."""
+
 COVERED = (0.5, 0.9)
 """Central intervals whose coverage is told."""
 
@@ -147,6 +150,12 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
         why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
         lines = [f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or {why}."]
+        least = float(out["p_adjusted"].min())
+        if least > CHANCE:
+            lines.append(
+                f"A sound study departs as far with probability {least:.2g}: another seed, or more replicates, tell "
+                "whether it was chance."
+            )
     elif count < FEWEST:
         lines = [f"Nothing leaves its band, but {count} replicates are too few to tell: make {FEWEST} at least."]
     else:

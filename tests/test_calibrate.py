@@ -110,7 +110,22 @@ def test_unsound_posteriors_are_called_what_they_are(
     found = study(monkeypatch, spoilt)
     assert verdicts(found).loc["mu", "finding"] == finding
     assert not is_calibrated(found)
-    assert finding in words(found, verdicts(found))[0]
+    told = words(found, verdicts(found))
+    assert finding in told[0]
+    assert not any("A sound study" in line for line in told)  # of 200 replicates, with p-values of 1e-4 and less
+
+
+def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sound studies leave their bands at 5%; of the first seeds one that does is told how often."""
+    for seed in range(100):
+        found = study(monkeypatch, exact(), seed=seed, num_replicates=20)
+        told = words(found, verdicts(found))
+        if not is_calibrated(found):
+            break
+    least = float(verdicts(found)["p_adjusted"].min())
+    assert 0.001 < least < 0.05
+    assert told[0].startswith("Not calibrated")
+    assert told[1].startswith(f"A sound study departs as far with probability {least:.2g}: another seed")
 
 
 def test_a_posterior_that_ignores_the_data_is_seen_by_the_log_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,11 +563,20 @@ def test_data_may_be_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plan:
         """Demonstrations, of which a model sees only how many there are."""
 
+        def sort(self) -> Any:
+            return DATA.sort()
+
         def unobserved(self) -> None:
             return None
 
     with pytest.raises(ModelError, match="does not run without data.*draw_data="):
         pirl.calibrate(scored, Plan(), **sizes)
+
+    def ordered(data: Tensor, scale: dict[str, float]) -> None:
+        normal(data * scale["all"])
+
+    with pytest.raises(ModelError, match="does not run on its arguments.*in its order, data, scale"):
+        pirl.calibrate(ordered, {"all": 1.0}, DATA, **sizes)
 
 
 def test_names_of_quantities_and_dims_are_checked() -> None:

@@ -102,6 +102,15 @@ def partition(facts: Facts) -> Iterator[Finding]:
     if "partition_trusted" not in facts.attrs:
         return
     facts.figures.append(f"log Z by {facts.number('partition_ess'):,.0f} effective samples")
+    if "partition_starts" in facts.attrs:
+        reason, _, advice = str(facts.attrs["partition_starts"]).partition(": ")
+        yield Finding(
+            "problem",
+            "starts",
+            reason[0].upper() + reason[1:] + ".",
+            "rewards explain starts as well as what follows, and are wrong where nobody chose the starts",
+            advice,
+        )
     if int(facts.attrs["partition_trusted"]):
         return
     reason, _, advice = str(facts.attrs["partition_problem"]).rpartition(": ")

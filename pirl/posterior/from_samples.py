@@ -15,9 +15,10 @@ from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
 from pirl.infer.potential import own_errors
 from pirl.partition import PartitionEstimate
-from pirl.partition.gates import ESS_PER_DEMONSTRATION
+from pirl.partition.gates import ESS_PER_DEMONSTRATION, untrusted
 from pirl.pool import Pool, ratio_of_table
 from pirl.posterior.draws import Given, default_dtype, drawn_of, law_of
+from pirl.posterior.starts import told_of_starts
 from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
@@ -133,26 +134,34 @@ def partition_quality(
     count = len(next(iter(draws.values()))) if draws else 0
     index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long().tolist()
     first, seen = dict[str, SampledMaxEntTrajectory](), dict[str, Tensor]()
-    weights: dict[str, list[Tensor]] = {}
+    whole: dict[str, list[Tensor]] = {}
     odds: dict[str, list[Tensor]] = {}
     for number in index:
         with torch.no_grad(), Given({name: value[number] for name, value in draws.items()}) as given:
             model(*args, **kwargs)
         first, seen = (first, seen) if first else (given.sampled, given.seen)
         for name, law in given.sampled.items():
-            weights.setdefault(name, []).append(law.log_weights.reshape(-1, law.log_weights.shape[-1]))
+            whole.setdefault(name, []).append(law.log_weights)
             odds.setdefault(name, []).append(log_odds(law, seen[name]).reshape(-1))
     if not first:
         return None
     sites: list[_Site] = []
     for name, law in first.items():
-        found = law.pool.judge(torch.stack(weights[name]))  # [draw, *batch]
+        found = law.pool.judge(torch.stack(whole[name]).reshape(len(index), -1, len(law.pool)))  # [draw, batch]
         fields = (found.log_partition, found.standard_error, found.ess, found.pareto_k)
         value, error, ess, khat = (field.flatten(1) for field in fields)
         of_demos = law.pool.ess_of(torch.stack(odds[name])).unsqueeze(1)
         estimate = PartitionEstimate(value, error, torch.minimum(ess, of_demos), khat, found.num_samples)
         sites.append(_Site(name, law.pool, num_observed(law, seen[name]), estimate))
-    return _together(sites)
+    quality = _together(sites)
+    if untrusted(quality.estimate, quality.num_demos) is not None:  # what the posterior's starts are is not known
+        return quality
+    for name, law in first.items():
+        starts = seen[name][..., 0, 0] if law.pool.tabular else seen[name][..., 0, : law.pool.states.shape[-1]]
+        told = told_of_starts(law.pool, starts, torch.stack(whole[name]) - law.pool.log_offset)
+        if told is not None:
+            return quality._replace(starts=told if len(first) == 1 else f"at site {name!r} {told}")
+    return quality
 
 
 def log_odds(law: SampledMaxEntTrajectory, table: Tensor) -> Float[Tensor, "..."]:
@@ -176,6 +185,8 @@ class PartitionQuality(NamedTuple):
     """Standard error of log Z summed over all demonstrations, which is that of their log likelihood."""
     weakest: str | None
     """Of several pools, the site whose pool is furthest from what it should know; None where there is one pool."""
+    starts: str | None = None
+    """That demonstrations' starts do not say of the reward what follows does, where they do not."""
 
 
 class _Site(NamedTuple):
