@@ -366,7 +366,9 @@ def test_the_rounds_posterior_is_the_models_where_the_gate_is_met() -> None:
     assert -0.04 <= bounded - plain < 0
 
 
-@pytest.mark.parametrize(("share", "khat", "rounds"), [(1.0, 0.1, 3), (1.9, 0.1, 3), (2.1, 0.1, 2), (2.1, 0.5, 3)])
+@pytest.mark.parametrize(
+    ("share", "khat", "rounds"), [(1.0, 0.1, 3), (1.9, 0.1, 3), (2.1, 0.1, 2), (2.1, 0.5, 3), (20.0, 0.5, 2)]
+)
 def test_the_pool_grows_beyond_what_the_approximation_needs(
     monkeypatch: pytest.MonkeyPatch, share: float, khat: float, rounds: int
 ) -> None:

@@ -36,7 +36,7 @@ _QUICK = {"num_samples": 256, "num_prior": 0, "num_posterior_predictive": 0, "lo
 """Of the rounds' posteriors, of which the gates look at a hundred draws."""
 _MARGIN, _MARGIN_OF_TAIL = 2.0, 0.2
 """The gate's samples may move means by a tenth of a standard deviation, and the engine may reach where they are fewer:
-the rounds go on until there are twice as many, and tails are lighter by so much."""
+the rounds go on until there are twice as many, and tails are lighter by so much; by less where more samples count."""
 
 PolicyStep = Callable[[Any, Generator], Policy]
 """(reward of one posterior draw, generator) -> a policy that nearly maximises reward plus entropy."""
@@ -188,9 +188,8 @@ class Rounds:
         The first one is of policies for the prior alone, and may look trusted where it is not.
         """
         facts = posterior.attrs
-        enough = facts["partition_ess"] >= _MARGIN * ESS_PER_DEMONSTRATION * facts["partition_demonstrations"]
-        light = facts["partition_pareto_k"] <= trusted_k(facts["partition_samples"]) - _MARGIN_OF_TAIL
-        return bool(facts["partition_trusted"]) and len(self) > 1 and enough and light
+        names = ("partition_ess", "partition_pareto_k", "partition_samples", "partition_demonstrations")
+        return bool(facts["partition_trusted"]) and len(self) > 1 and _has_margin(*(facts[name] for name in names))
 
     def _known(self, posterior: xarray.DataTree) -> bool:
         """Whether the pool as it is knows log Z over draws of an earlier posterior, with the margin."""
@@ -200,8 +199,8 @@ class Rounds:
             found = partition_quality(self.model, self.given, {}, {name: x.to(dtype) for name, x in draws.items()})
         assert found is not None
         ess, khat = found.estimate.ess, found.estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0)
-        enough = float(ess.quantile(0.05)) >= _MARGIN * ESS_PER_DEMONSTRATION * found.num_demos
-        return enough and float(khat.quantile(0.95)) <= trusted_k(found.estimate.num_samples) - _MARGIN_OF_TAIL
+        worst = float(ess.quantile(0.05)), float(khat.quantile(0.95))
+        return _has_margin(*worst, found.estimate.num_samples, found.num_demos)
 
     def _follow(self, posterior: xarray.DataTree) -> None:
         """Half of the next policies go where a posterior is, half to its edge, where the pool knows least."""
@@ -209,6 +208,15 @@ class Rounds:
             posterior, self.model, *self.given, num_draws=self.num_policies, seed=self.seed + len(self) - 1,
             least_known=self.num_policies // 2, dtype=self.pools[0].dtype,
         )  # fmt: skip
+
+
+def _has_margin(ess: float, khat: float, num_samples: int, num_demos: int) -> bool:
+    """Whether the gates are passed with room for an engine that reaches further.
+
+    Room in the number of samples is room for the tail too: a k-hat near its limit may stay there for many rounds.
+    """
+    need = _MARGIN * ESS_PER_DEMONSTRATION * num_demos
+    return ess >= need and khat <= trusted_k(num_samples) - _MARGIN_OF_TAIL * need / ess
 
 
 def _paired(simulator: Any, demos: Any) -> tuple[Any, Any]:
