@@ -229,9 +229,9 @@ def _partition_quality(
         found = partition_quality(model, args, kwargs, draws)
     if found is None:
         return {}
-    estimate, count, total_error, weakest, starts = found
-    reason = untrusted(estimate, count, site=weakest)
-    for told in (reason, starts):
+    estimate, count = found.estimate, found.num_demos
+    reason = untrusted(estimate, count, site=found.weakest)
+    for told in (reason, found.starts):
         if told is not None:
             warnings.warn(told, ConvergenceWarning, stacklevel=3)
     return {
@@ -239,13 +239,13 @@ def _partition_quality(
         "partition_measure": "log likelihoods and the evidence are relative to p(tau)",
         "partition_samples": estimate.num_samples,
         "partition_demonstrations": count,
-        "partition_ess": float(estimate.ess.quantile(0.05)),
-        "partition_pareto_k": float(estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0).quantile(0.95)),
+        "partition_ess": found.ess,
+        "partition_pareto_k": found.pareto_k,
         "partition_standard_error": float(estimate.standard_error.quantile(0.95)),
-        "partition_total_error": float(total_error.quantile(0.95)),
+        "partition_total_error": float(found.total_error.quantile(0.95)),
         "partition_trusted": int(reason is None),
         **({} if reason is None else {"partition_problem": reason}),
-        **({} if starts is None else {"partition_starts": starts}),
+        **({} if found.starts is None else {"partition_starts": found.starts}),
     }
 
 

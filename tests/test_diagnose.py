@@ -99,6 +99,16 @@ def displaced(groups: Groups, attrs: dict[str, Any]) -> None:
     groups["posterior"]["weights"][..., 1] = autoregressive(0.995, (CHAINS, DRAWS))
 
 
+def displaced_after_long_warmup(groups: Groups, attrs: dict[str, Any]) -> None:
+    displaced(groups, attrs)
+    attrs["tuning_steps"] = 2000
+
+
+def slow(groups: Groups, attrs: dict[str, Any]) -> None:
+    """Chains that agree, of draws that count for a twelfth each: 320 where 400 are wanted."""
+    groups["posterior"]["weights"][..., 0] = autoregressive(0.85, (CHAINS, DRAWS))
+
+
 def bimodal(groups: Groups, attrs: dict[str, Any]) -> None:
     groups["posterior"]["weights"][[1, 3], :, 0] += 8
 
@@ -174,8 +184,10 @@ def a_shift(groups: Groups, attrs: dict[str, Any]) -> None:
     ("defect", "kind", "words"),
     [
         (displaced, "problem rhat", ["weights[trap] (", "num_samples=2000", "num_warmup=1000", "dense_mass=True"]),
+        (displaced_after_long_warmup, "problem rhat", ["Try: dense_mass=True", "warmed up for 2000 steps, and longer"]),
+        (slow, "problem ess", ["wanted 400", "weights[goal] (", "such as num_samples=2000 (--samples)"]),
         (bimodal, "problem modes", ["chains 0 and 2 stay near", "chains 1 and 3 stay near", "engine='smc'"]),
-        (too_short_tails, "problem ess", ["tails", "wanted 400", "weights[goal] ("]),
+        (too_short_tails, "problem ess", ["tails", "wanted 400", "weights[goal] (", "such as num_samples="]),
         (stuck, "problem stuck", ["Chain 2 hardly moved", "0.1%"]),
         (low_density, "problem low_density", ["Chain 1 stays", "by up to 60"]),
         (divergent, "problem divergences", ["tau is small (median 0.1", "Try: the non-centred form"]),

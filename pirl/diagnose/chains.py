@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,10 +16,10 @@ from pirl.diagnose.facts import (
     Finding,
     chain_names,
     dense_mass,
-    faster,
     joined,
     large,
     longer,
+    longer_or_faster,
     more_accepting,
     weighing_modes,
     worst_of,
@@ -99,7 +100,7 @@ def disagreement(facts: Facts) -> Iterator[Finding]:
             f"{worst_of([found.names[i] for i in high], found.rhat[high], '.3f')}"
             + (f"; the draws count for as few as {size:.0f} independent ones." if np.isfinite(size) else "."),
             "means and intervals depend on which chain, or which part of it, one looks at",
-            f"{longer(facts)}; if that does not help, {faster(facts)}",
+            longer_or_faster(facts),
         )
 
 
@@ -189,7 +190,7 @@ def few_effective(facts: Facts) -> Iterator[Finding]:
             "means and intervals would come out differently in another run"
             if not part
             else "the ends of intervals would come out differently in another run",
-            f"{longer(facts)}; if that does not help, {faster(facts)}",
+            longer_or_faster(facts, max(2, math.ceil(found.min_ess / max(float(np.nanmin(found.ess)), 1.0)))),
         )
 
 

@@ -159,15 +159,32 @@ def large(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.0f}" if value < 1e4 else "beyond all bounds"
 
 
-def longer(facts: Facts) -> str:
-    """Longer chains, or more particles, with the figures of this run doubled."""
+LONG_WARMUP = 2000
+"""Steps of warm-up after which more are no cure."""
+
+
+def longer_or_faster(facts: Facts, factor: int | None = None) -> str:
+    """What to try where chains are too short: longer ones, unless that was tried.
+
+    Args:
+        factor: how many times as many draws are needed, where warm-up was long enough; None: nobody knows.
+    """
+    warmup = facts.number("tuning_steps")
+    if factor is None and warmup >= LONG_WARMUP:
+        return f"{faster(facts)}; chains warmed up for {warmup:.0f} steps, and longer ones alone may not help"
+    return f"{longer(facts, factor)}; if that does not help, {faster(facts)}"
+
+
+def longer(facts: Facts, factor: int | None = None) -> str:
+    """Longer chains, or more particles, with the figures of this run times a factor; by default all of them twice."""
+    again, factor = factor is None, 2 if factor is None else factor
     if facts.particles:
-        return f"more particles, such as num_samples={2 * facts.count} (--samples), or a larger target_ess"
-    warmup, factor = facts.number("tuning_steps"), 2
+        return f"more particles, such as num_samples={factor * facts.count} (--samples), or a larger target_ess"
+    warmup = facts.number("tuning_steps")
     more = f"num_samples={factor * facts.count * int(np.nan_to_num(facts.number('thin'), nan=1.0))}"
-    if np.isfinite(warmup):
-        more = f"num_warmup={factor * max(int(warmup), 500)} and {more}"
-    return f"longer chains, such as {more} (--warmup and --samples)"
+    if again and np.isfinite(warmup):
+        more = f"num_warmup={2 * max(int(warmup), 500)} and {more}"
+    return f"longer chains, such as {more} ({'--warmup and ' * again}--samples)"
 
 
 def weighing_modes(facts: Facts) -> str:

@@ -198,9 +198,7 @@ class Rounds:
         with default_dtype(dtype), one_thread(), own_generator(), pyro.validation_enabled(False):
             found = partition_quality(self.model, self.given, {}, {name: x.to(dtype) for name, x in draws.items()})
         assert found is not None
-        ess, khat = found.estimate.ess, found.estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0)
-        worst = float(ess.quantile(0.05)), float(khat.quantile(0.95))
-        return _has_margin(*worst, found.estimate.num_samples, found.num_demos)
+        return _has_margin(found.ess, found.pareto_k, found.estimate.num_samples, found.num_demos)
 
     def _follow(self, posterior: xarray.DataTree) -> None:
         """Half of the next policies go where a posterior is, half to its edge, where the pool knows least."""

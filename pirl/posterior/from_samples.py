@@ -188,6 +188,16 @@ class PartitionQuality(NamedTuple):
     starts: str | None = None
     """That demonstrations' starts do not say of the reward what follows does, where they do not."""
 
+    @property
+    def ess(self) -> float:
+        """Effective samples at the worst twentieth of the draws."""
+        return float(self.estimate.ess.quantile(0.05))
+
+    @property
+    def pareto_k(self) -> float:
+        """Pareto k-hat at the worst twentieth of the draws; 1 where it is not known."""
+        return float(self.estimate.pareto_k.nan_to_num(nan=1.0, neginf=-10.0).quantile(0.95))
+
 
 class _Site(NamedTuple):
     """How well log Z of one sampled site is known at posterior draws."""

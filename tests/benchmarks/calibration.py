@@ -1,13 +1,14 @@
 """Is pirl calibrated? Simulation-based calibration of its engines on its models; the table in the README.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.calibration [CASE ...] [--engines nuts,chees,smc] [--replicates 1000]
-        [--folder FOLDER] [--table]
+        [--seed 0] [--folder FOLDER] [--table]
 
 Cases are gridworld (5 x 5, slip .1, 3 weights, 10 episodes of 10 decisions; both readings), bus (Rust's group 4, two
 costs) and optimality (the literal graphical model with enumerated states). Each study saves itself to FOLDER and goes
-on from there, also to more replicates; --table shows what is there. svi and laplace are approximations: their
-departures are reported and not held against them. "chees alone" samples replicates one by one, with the adaptation of
-``pirl.fit``; "chees" many at once. One process a study: start several by hand on several cores.
+on from there, also to more replicates. Its ranks are kept in tests/benchmarks/calibration_ranks, a file for each seed,
+and --table judges all of a case and engine together: of other seeds, replicates are others. svi and laplace are
+approximations: their departures are reported and not held against them. "chees alone" samples replicates one by one,
+with the adaptation of ``pirl.fit``; "chees" many at once. One process a study: start several by hand on several cores.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas
 import xarray
 
+from pirl.convergence import element_names
 from pirl.files import write_posterior
 from pirl.model_file import ModelFile
-from pirl.verdicts import verdicts
+from pirl.uniformity import holm, p_values
+from pirl.verdicts import COVERED, SMALL, _coverage, _words
 
 GRID = ["rows=5", "cols=5", "num_features=3", "horizon=10", "num_demos=10"]
 CASES = {
@@ -33,6 +37,9 @@ CASES = {
 }
 NUM_DRAWS = 39
 """40 ranks: intervals of 50% and 90% are exact."""
+
+RANKS = Path(__file__).with_name("calibration_ranks")
+"""Of each study: a line a replicate, with the ranks of its quantities and its effective sample size."""
 
 SIZES: dict[str, dict[str, int]] = {
     "nuts": {"num_chains": 1, "num_warmup": 150, "num_samples": 150},
@@ -49,16 +56,17 @@ OF_CASE = {
 }
 
 
-def study(case: str, engine: str, replicates: int, folder: Path) -> None:
+def study(case: str, engine: str, replicates: int, seed: int, folder: Path) -> None:
     """Make one study, or what is missing of it."""
     model, settings = CASES[case]
     file = ModelFile.read(Path("models") / f"{model}.py")
-    stem = folder / f"{case.replace(', ', '-')}-{engine.replace(' ', '-')}"
+    name = "-".join([*case.split(", "), *engine.split(), *([str(seed)] if seed else [])])
     arguments = {
         "engine": engine.split()[0],
         "num_replicates": replicates,
         "num_draws": NUM_DRAWS,
-        "checkpoint": f"{stem}.ckpt",
+        "checkpoint": f"{folder / name}.ckpt",
+        "seed": seed,
         **SIZES[engine],
         **OF_CASE.get((case, engine), {}),
     }
@@ -68,30 +76,45 @@ def study(case: str, engine: str, replicates: int, folder: Path) -> None:
         found = file.calibrate(file.options(settings), arguments)
     assert found is not None
     found.attrs |= {"case": case, "by": engine, "seconds": time.perf_counter() - began}
-    write_posterior(found, stem.with_suffix(".nc"))
+    write_posterior(found, folder / f"{name}.nc")
+    RANKS.mkdir(exist_ok=True)
+    ranks_of(found).to_csv(RANKS / f"{name}.csv", index=False)
 
 
-def table(folder: Path) -> pandas.DataFrame:
-    """A row a study: how many replicates, the least adjusted p-value, coverage, what leaves its band."""
+def ranks_of(found: xarray.DataTree) -> pandas.DataFrame:
+    """A line a replicate, empty where it failed: case, engine, ranks by quantity, effective sample size."""
+    stats = found["sample_stats"].to_dataset()
+    lived = ~stats["failed"].values[0].astype(bool)
+    columns: dict[str, object] = {"case": found.attrs["case"], "engine": found.attrs["by"]}
+    for data in found["ranks"].data_vars.values():
+        ranks = data.values[0].reshape(len(lived), -1)
+        for label, rank in zip(element_names(data), ranks.T, strict=True):
+            columns[label] = pandas.Series(rank).where(lived).astype("Int64")
+    columns["ess"] = pandas.Series(stats["ess"].values[0]).round(1).where(lived)
+    return pandas.DataFrame(columns)
+
+
+def table(folder: Path = RANKS) -> pandas.DataFrame:
+    """A row for each case and engine: replicates, the least adjusted p-value, coverage, what leaves its band."""
     rows = []
-    for path in sorted(folder.glob("*.nc")):
-        with xarray.open_datatree(path, engine="h5netcdf") as tree:
-            found = tree.load()
-        judged, stats = verdicts(found), found["sample_stats"].to_dataset()
-        out = judged[judged["finding"] != "uniform"]
+    files = [pandas.read_csv(path) for path in sorted(folder.glob("*.csv"))]
+    for (case, engine), whole in pandas.concat(files).groupby(["case", "engine"], sort=True):
+        found = whole.dropna(subset="ess").dropna(axis=1, how="all")
+        names = [name for name in found.columns if name not in ("case", "engine", "ess")]
+        ranks = found[names].to_numpy(int)
+        p = holm(p_values(ranks, NUM_DRAWS))
+        out = [f"{name}: {_words(ranks[:, k], NUM_DRAWS)}" for k, name in enumerate(names) if p[k] < SMALL]
+        covers = {
+            f"{level:.0%} covers": " ".join(f"{_coverage(rank, NUM_DRAWS, level):.3f}" for rank in ranks.T)
+            for level in COVERED
+        }
         rows.append(
             {
-                "case": found.attrs["case"],
-                "engine": found.attrs.get("by", found.attrs["engine"]),
-                "replicates": int(found.attrs["num_replicates"]),
-                "failed": int(stats["failed"].sum()),
-                "least p": judged["p_adjusted"].min(),
-                "50% covers": " ".join(f"{x:.3f}" for x in judged["coverage_50"]),
-                "90% covers": " ".join(f"{x:.3f}" for x in judged["coverage_90"]),
-                "5% of ESS": float(stats["ess"].quantile(0.05)),
-                "leaves its band": "; ".join(f"{name}: {row['finding']}" for name, row in out.iterrows()) or "-",
+                "case": case, "engine": engine, "replicates": len(whole), "failed": len(whole) - len(found),
+                "least p": float(np.min(p)), **covers, "5% of ESS": float(found["ess"].quantile(0.05)),
+                "leaves its band": "; ".join(out) or "-",
             }
-        )
+        )  # fmt: skip
     return pandas.DataFrame(rows)
 
 
@@ -101,15 +124,17 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=[])
     parser.add_argument("--engines", default="chees,nuts,smc,laplace,svi")
     parser.add_argument("--replicates", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("calibration"))
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    given.folder.mkdir(exist_ok=True)
-    for engine in [] if given.table else given.engines.split(","):
-        for case in given.cases or CASES:
-            study(case, engine, given.replicates, given.folder)
-            print(f"{case}, {engine}: done", flush=True)
-    print(table(given.folder).to_string(index=False))
+    if not given.table:
+        given.folder.mkdir(exist_ok=True)
+        for engine in given.engines.split(","):
+            for case in given.cases or CASES:
+                study(case, engine, given.replicates, given.seed, given.folder)
+                print(f"{case}, {engine}: done", flush=True)
+    print(table().to_string(index=False))
 
 
 if __name__ == "__main__":
