@@ -51,8 +51,9 @@ class ContinuousTrajectories:
         if states.shape[1] == steps:  # nobody saw the last state, whose reward does not count either
             states = torch.cat([states, states[:, -1:]], 1)
         if states.shape[1] != steps + 1:
+            swapped = ", or give the states first" if states.shape[1] == steps - 1 else ""
             raise InvalidTrajectoriesError(
-                f"{states.shape[1]} states do not fit {steps} actions: expected as many, or one more"
+                f"{states.shape[1]} states do not fit {steps} actions: expected as many, or one more{swapped}"
             )
         if lengths is None:
             lengths = torch.full((count,), steps)

@@ -339,7 +339,13 @@ def test_bad_input_is_named() -> None:
 @pytest.mark.parametrize(
     ("states", "actions", "lengths", "says"),
     [
-        (torch.zeros(2, 3, 1), torch.zeros(2, 5, 1), None, "3 states do not fit 5 actions"),
+        (
+            torch.zeros(2, 3, 1),
+            torch.zeros(2, 5, 1),
+            None,
+            "3 states do not fit 5 actions: expected as many, or one more$",
+        ),
+        (torch.zeros(2, 4, 1), torch.zeros(2, 5, 1), None, "4 states do not fit 5 actions.* or give the states first"),
         (torch.zeros(2, 3), torch.zeros(2, 2), None, r"are not \[N, T \+ 1, ds\]"),
         (torch.zeros(0, 3, 1), torch.zeros(0, 2, 1), None, "are not"),
         (torch.full((1, 3, 1), math.nan), torch.zeros(1, 2, 1), None, "trajectory 0, step 0"),

@@ -225,6 +225,8 @@ class Walk:
     def reset(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         if self.fault == "reset":
             raise OSError("no such world\nand more")
+        if self.fault == "flat":
+            return torch.zeros(num, dtype=torch.float64)
         return torch.zeros(num, 2, dtype=torch.float64)
 
     def step(self, states: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Any:
@@ -330,6 +332,7 @@ def test_vector_states_and_actions_and_ends() -> None:
     ("fault", "complaint", "cause"),
     [
         ("reset", "at reset: OSError: no such world$", OSError),
+        ("flat", r"at reset: .*\(5,\); expected vectors, \[5, 1\] of one number$", ValueError),
         ("raise", "at step 3: RuntimeError: the world broke$", RuntimeError),
         ("nan", "at step 3: .*nan.*episode 1", ValueError),
         ("inf", "at step 3: .*inf.*episode 1", ValueError),

@@ -219,7 +219,10 @@ class VectorWorld(World):
         learner: Any,
     ) -> None:
         if base is None:
-            raise OptionError("a simulator without a finite space needs base=, the base policy p(a|s)")
+            raise OptionError(
+                "a simulator without a finite space needs base=, the base policy p(a|s), such as "
+                "pirl.local_control.gaussian_base(horizon, covariance, num_state_dims)"
+            )
         if learner is None:
             if not isinstance(base, GaussianKernel):
                 raise OptionError(

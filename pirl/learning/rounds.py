@@ -96,7 +96,10 @@ class Rounds:
             if not isinstance(simulators[0], FiniteSimulator):
                 stray = any(isinstance(x, Policy) for x in args)
                 among = "; there is a policy among the model's arguments" if stray else ""
-                raise OptionError(f"a simulator without a finite space needs base=, the base policy p(a|s){among}")
+                raise OptionError(
+                    f"a simulator without a finite space needs base=, the base policy p(a|s), such as "
+                    f"pirl.local_control.gaussian_base(horizon, covariance, num_state_dims){among}"
+                )
             base = BaseMeasure(simulators[0].log_prior)
         # Starts differ, and so does what is worth learning: a step of the caller's own says what it learns, and where.
         self.steps = [_policy_step(x, base, num_rollouts) for x in simulators] if policy_step is None else [policy_step]

@@ -203,6 +203,8 @@ def checked_states(states: Any, num: int, like: Tensor | None = None, size: int 
     if states.shape != (num, *event) or states.dtype != dtype:
         raise ValueError(f"states are {states.dtype} {tuple(states.shape)}; expected {dtype} {(num, *event)}")
     vectors = states.is_floating_point()
+    if like is None and vectors and states.dim() < 2:
+        raise ValueError(f"states are {states.dtype} {tuple(states.shape)}; expected vectors, [{num}, 1] of one number")
     bad = ~states.isfinite() if vectors else (states < 0) | (states >= (size or math.inf))
     if bool(bad.any()):
         episode = int(bad.nonzero()[0, 0])
