@@ -94,8 +94,8 @@ def fit(
     Attributes of the answer tell how it was made (engine, options, seed, versions, seconds); "identified_rhat",
     "identified_ess" and "identified_directions" of "num_directions": convergence in what demonstrations can show; and
     where log Z is estimated from a pool, "partition_trusted" (1 or 0), "partition_problem" (why not), "partition_ess"
-    and "partition_pareto_k" (at the worst twentieth of the draws), and "partition_starts", where demonstrations' starts
-    do not fit what follows them. Log-likelihoods and evidence of such models are
+    and "partition_pareto_k" (at the worst twentieth of the draws), and "partition_starts", where log Z is known
+    and demonstrations' starts do not fit what follows them. Log-likelihoods and evidence of such models are
     relative to p(tau): they compare models of the same demonstrations, not with models that know the dynamics.
 
     Ctrl-C ends sampling and returns the draws so far (of smc there are none before its end). Under ``torchrun`` the

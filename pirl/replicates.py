@@ -112,7 +112,7 @@ class Study:
         self.args, self.kwargs = setting.unobserved() if draw_data is None else (setting.args, setting.kwargs)
         self.plan = bound(model, *setting.unobserved())
         self.observed = set[str]()
-        self.fails: Exception | None = None
+        self.fails: str | None = None
         """Why the model does not run on the arguments as they were given, data and all."""
         if draw_data is None:
             self._tell_apart(setting)
@@ -131,7 +131,7 @@ class Study:
             with own_generator(), torch.no_grad():
                 trace = pyro.poutine.trace(self.model).get_trace(*setting.args, **setting.kwargs)
         except Exception as error:  # will be said of the model without data, or with those of a replicate
-            self.fails = error
+            self.fails = f"{type(error).__name__}: {_line(error)}"
             return
         kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
         self.observed = {name for name, kind in kinds.items() if kind == "observed"}
@@ -167,10 +167,10 @@ class Study:
         except Exception as error:
             if self.draw_data is not None:
                 raise
-            if self.fails is not None and type(self.fails) is type(error):
+            if self.fails is not None:
+                order = ", ".join(bound(self.model, self.args, self.kwargs))
                 raise ModelError(
-                    f"the model does not run on its arguments ({type(error).__name__}: {_line(error)}): give them in "
-                    f"its order, {', '.join(bound(self.model, self.args, self.kwargs))}"
+                    f"the model does not run on its arguments ({self.fails}): check it, and their order, {order}"
                 ) from error
             raise ModelError(
                 f"the model does not run without data ({type(error).__name__}: {_line(error)}): let it sample them "

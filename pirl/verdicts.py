@@ -153,8 +153,8 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         least = float(out["p_adjusted"].min())
         if least > CHANCE:
             lines.append(
-                f"A sound study departs as far with probability {least:.2g}: another seed, or more replicates, tell "
-                "whether it was chance."
+                f"A sound study departs as far with probability {least:.2g} at most: another seed, or more "
+                "replicates, tell whether it was chance."
             )
     elif count < FEWEST:
         lines = [f"Nothing leaves its band, but {count} replicates are too few to tell: make {FEWEST} at least."]

@@ -125,7 +125,7 @@ def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> No
     least = float(verdicts(found)["p_adjusted"].min())
     assert 0.001 < least < 0.05
     assert told[0].startswith("Not calibrated")
-    assert told[1].startswith(f"A sound study departs as far with probability {least:.2g}: another seed")
+    assert told[1].startswith(f"A sound study departs as far with probability {least:.2g} at most: another seed")
 
 
 def test_a_posterior_that_ignores_the_data_is_seen_by_the_log_likelihood_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +575,7 @@ def test_data_may_be_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def ordered(data: Tensor, scale: dict[str, float]) -> None:
         normal(data * scale["all"])
 
-    with pytest.raises(ModelError, match="does not run on its arguments.*in its order, data, scale"):
+    with pytest.raises(ModelError, match="does not run on its arguments.*their order, data, scale"):
         pirl.calibrate(ordered, {"all": 1.0}, DATA, **sizes)
 
 

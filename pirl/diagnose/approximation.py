@@ -103,7 +103,7 @@ def partition(facts: Facts) -> Iterator[Finding]:
         return
     facts.figures.append(f"log Z by {facts.number('partition_ess'):,.0f} effective samples")
     if "partition_starts" in facts.attrs:
-        reason, _, advice = str(facts.attrs["partition_starts"]).partition(": ")
+        reason, _, advice = str(facts.attrs["partition_starts"]).rpartition(": ")
         yield Finding(
             "problem",
             "starts",

@@ -18,7 +18,7 @@ from pirl.partition import PartitionEstimate
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, untrusted
 from pirl.pool import Pool, ratio_of_table
 from pirl.posterior.draws import Given, default_dtype, drawn_of, law_of
-from pirl.posterior.starts import told_of_starts
+from pirl.posterior.starts import ADVICE, UNLIKELY, Conflict, conflict
 from pirl.sampled import SampledMaxEntTrajectory
 
 if TYPE_CHECKING:
@@ -122,7 +122,11 @@ def prior_rewards(
 
 
 def partition_quality(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], draws: Mapping[str, Tensor]
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    draws: Mapping[str, Tensor],
+    compare_starts: bool = True,
 ) -> PartitionQuality | None:
     """How well log Z is known at posterior draws; None for exact models.
 
@@ -130,19 +134,22 @@ def partition_quality(
 
     Args:
         draws: of the latent sites, ``[draw, *shape]``; a hundred of them are looked at.
+        compare_starts: whether to look, where log Z is known well enough, if demonstrations' starts fit what follows.
     """
     count = len(next(iter(draws.values()))) if draws else 0
     index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long().tolist()
     first, seen = dict[str, SampledMaxEntTrajectory](), dict[str, Tensor]()
-    whole: dict[str, list[Tensor]] = {}
-    odds: dict[str, list[Tensor]] = {}
+    whole, returns, gained, odds = (dict[str, list[Tensor]]() for _ in range(4))
     for number in index:
         with torch.no_grad(), Given({name: value[number] for name, value in draws.items()}) as given:
             model(*args, **kwargs)
         first, seen = (first, seen) if first else (given.sampled, given.seen)
         for name, law in given.sampled.items():
             whole.setdefault(name, []).append(law.log_weights)
-            odds.setdefault(name, []).append(log_odds(law, seen[name]).reshape(-1))
+            log_prob = law.log_prob(seen[name])
+            odds.setdefault(name, []).append((log_prob + _ratio(law, seen[name])).reshape(-1))
+            returns.setdefault(name, []).append(law.returns)
+            gained.setdefault(name, []).append(log_prob + law.log_partition)
     if not first:
         return None
     sites: list[_Site] = []
@@ -154,19 +161,30 @@ def partition_quality(
         estimate = PartitionEstimate(value, error, torch.minimum(ess, of_demos), khat, found.num_samples)
         sites.append(_Site(name, law.pool, num_observed(law, seen[name]), estimate))
     quality = _together(sites)
-    if untrusted(quality.estimate, quality.num_demos) is not None:  # what the posterior's starts are is not known
+    if not compare_starts or untrusted(quality.estimate, quality.num_demos) is not None:
         return quality
+    conflicts = dict[str, Conflict]()
     for name, law in first.items():
         starts = seen[name][..., 0, 0] if law.pool.tabular else seen[name][..., 0, : law.pool.states.shape[-1]]
-        told = told_of_starts(law.pool, starts, torch.stack(whole[name]) - law.pool.log_offset)
-        if told is not None:
-            return quality._replace(starts=told if len(first) == 1 else f"at site {name!r} {told}")
-    return quality
+        conflicts[name] = conflict(law.pool, starts, torch.stack(returns[name]), torch.stack(gained[name]))
+    worst = min(conflicts, key=lambda name: conflicts[name].chance)
+    if len(conflicts) * conflicts[worst].chance >= UNLIKELY:
+        return quality
+    where = "" if len(conflicts) == 1 else f"at site {worst!r} "
+    errors = conflicts[worst].errors
+    return quality._replace(
+        starts=f"{where}demonstrations' starts and what follows them differ about the reward by {errors:.1f} standard "
+        f"errors: {ADVICE}"
+    )
 
 
 def log_odds(law: SampledMaxEntTrajectory, table: Tensor) -> Float[Tensor, "..."]:
     """log p(tau | O) - log q(tau) of what a site observes: see :meth:`pirl.Pool.ess_of`."""
-    return law.log_prob(table) + ratio_of_table(law.pool, table, law.lengths)
+    return law.log_prob(table) + _ratio(law, table)
+
+
+def _ratio(law: SampledMaxEntTrajectory, table: Tensor) -> Float[Tensor, "..."]:
+    return ratio_of_table(law.pool, table, law.lengths)
 
 
 def num_observed(law: SampledMaxEntTrajectory, table: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,102 +11,167 @@ from torch import Tensor
 
 from pirl.pool import Pool
 
-_UNLIKELY = 0.001
-"""Chance of such a conflict, of any direction, below which it is told."""
+UNLIKELY = 0.001
+"""Chance of such a conflict below which it is told."""
+ADVICE = (
+    "starts that the simulator draws count as chosen; if somebody set them, or nobody chose them, give a list of "
+    "demonstrations and a simulator for each start, else costs come out several times too small; or the reward "
+    "lacks what demonstrators wanted"
+)
 _SHARES = (0.01, 0.99)
 """Shares of what is known, between which what starts tell can be compared with the rest."""
 _MOST_DIRECTIONS, _MOST_STATES, _MOST_CROSSED = 10, 20, 6
 """Of rewards, of numbered states that are told apart, and of coordinates whose products are looked at: what a hundred
 draws and some thousand samples can tell."""
+_SAMPLES_A_TERM = 20
+"""Effective samples for each number that the regression learns."""
+_LEAST_LEARNED = 0.1
+"""Of the posterior's precision along a direction, the demonstrations' part that makes it worth looking at."""
+_REPEATS = 8000
+_CLOSE = 0.02
+"""Chance by a normal law below which it is found by simulation: sums of a few rare things are not normal."""
 
 
-def told_of_starts(pool: Pool, starts: Tensor, returns: Float[Tensor, "D *batch J"]) -> str | None:
-    """What :func:`conflict` finds, in words, with advice; None where it may be chance."""
-    errors, chance = conflict(pool, starts, returns)
-    if chance >= _UNLIKELY:
-        return None
-    return (
-        f"demonstrations' starts and what follows them differ about the reward by {errors:.1f} standard errors: starts "
-        "that the simulator draws count as chosen; if somebody set them, or nobody chose them, give a list of "
-        "demonstrations and a simulator for each start, else costs come out several times too small"
-    )
+class Conflict(NamedTuple):
+    """By how many standard errors starts and what follows differ about the reward, and how likely as much is."""
+
+    errors: float
+    chance: float
 
 
-def conflict(pool: Pool, starts: Tensor, returns: Float[Tensor, "D *batch J"]) -> tuple[float, float]:
+def conflict(
+    pool: Pool,
+    starts: Tensor,
+    returns: Float[Tensor, "D *batch J"],
+    of_demos: Float[Tensor, "D *plate"],
+) -> Conflict:
     """By how many standard errors demonstrations' starts, and what follows them, differ about the reward.
 
     In the trajectory reading a start has p(s_0 | O), the simulator's law times what follows is worth, and tells of the
-    reward as what follows does. At the posterior's mean the slopes of the log density, by the starts and by the rest,
-    nearly cancel, and if both are of one reward either is as small as both let it be. Along a direction in which the
-    posterior has standard deviation 1, and starts have the share s of its precision, their slope has variance s - s^2
-    (a conflict of evidence, as by Marshall and Spiegelhalter 2007, or a test of specification, Hausman 1978).
+    reward as what follows does. Both log-likelihoods, of starts and of the rest, have a slope at the posterior's mean;
+    a slope over its variance is how far off that part of the data takes the mean to be. If both are of one reward the
+    two differ by chance (the test of specification of Hausman 1978; a conflict of evidence, Marshall and Spiegelhalter
+    2007). Along a direction of which all demonstrations together have information 1, and starts the share s, the
+    difference is ((1 - s) slope of starts - s slope of the rest), of variance s (1 - s). The prior is no part of it.
 
-    Directions are those in which returns vary over the posterior; the slope of the starts' part is the sum of the
-    derivative of the return over demonstrations, as far as a regression on samples' starts tells it, less its mean.
-    What the regression misses counts to the rest.
+    Directions are those in which returns vary over the posterior, as far as demonstrations and not the prior tell them.
+    The slope of the starts' part is the sum of the derivative of the return over demonstrations, as far as a regression
+    on samples' starts tells it, less its mean. What the regression misses counts to the rest.
 
     Args:
         starts: ``[*plate]`` numbers, or ``[*plate, ds]``.
         returns: of the samples at posterior draws; of a batch, one for each demonstration, or 1 along the plate.
+        of_demos: of the demonstrations.
 
     Returns:
-        The largest over directions, and the chance that any is as large; 0 and 1 where starts tell nothing, or all.
+        The largest over directions, and the chance that any is as large, by the normal law where that is far from
+        small, and else by drawing as many trajectories from the samples as there are demonstrations; 0 and 1 where
+        starts tell nothing, or all.
     """
     first = pool.states[:, 0].cpu()
     if bool((first == first[0]).all()):
-        return 0.0, 1.0
-    plate = starts.shape if pool.tabular else starts.shape[:-1]
-    batch = returns.shape[1:-1]
-    every = torch.broadcast_shapes(plate, batch)
-    row = torch.arange(math.prod(batch)).reshape(batch).expand(every).flatten()
-    event = starts.shape[len(plate) :]
-    theirs = starts.cpu().expand(*every, *event).reshape(len(row), *event)
-    known = _terms(first, theirs)
-    ours, theirs = known[: len(first)], known[len(first) :]
-    offset = pool.log_offset.detach().cpu().double()
-    rows = returns.detach().cpu().double().reshape(len(returns), -1, returns.shape[-1]).unbind(1)
-    errors = torch.cat([_conflicts(each, offset, ours, theirs[row == at]) for at, each in enumerate(rows)])
-    if not len(errors):
-        return 0.0, 1.0
-    largest = float(errors.amax())
-    return largest, min(len(errors) * math.erfc(largest / math.sqrt(2)), 1.0)
+        return Conflict(0.0, 1.0)
+    batch, draws = returns.shape[1:-1], len(returns)
+    every = torch.broadcast_shapes(starts.shape if pool.tabular else starts.shape[:-1], batch, of_demos.shape[1:])
+    row = torch.arange(math.prod(batch), device="cpu").reshape(batch).expand(every).flatten()
+    event = starts.shape[starts.dim() - (first.dim() - 1) :]
+    theirs = starts.cpu().expand((*every, *event)).reshape((len(row), *event))
+    gained = of_demos.detach().cpu().double().expand((draws, *every)).reshape(draws, -1)
+    offset, worth = (x.detach().cpu().double() for x in (pool.log_offset, pool.log_worth))
+    found = []
+    for at, each in enumerate(returns.detach().cpu().double().reshape(draws, -1, len(first)).unbind(1)):
+        mine = row == at
+        if bool(mine.any()):
+            found.append(_compared(each, gained[:, mine], offset, worth, first, theirs[mine]))
+    best = min(found, key=lambda one: one.chance, default=Conflict(0.0, 1.0))
+    return best._replace(chance=min(best.chance * len(found), 1.0))
 
 
-def _conflicts(returns: Float[Tensor, "D J"], offset: Tensor, ours: Tensor, theirs: Tensor) -> Float[Tensor, " k"]:
-    """The conflict along each direction of which starts tell something."""
-    middle, draws, number = returns.mean(0), len(returns), len(theirs)
-    if draws < 2 or number < 1:
-        return torch.zeros(0, dtype=torch.float64)
-    weight = (middle + offset).softmax(-1)
-    away = returns - middle
-    size, turn = torch.linalg.eigh((away * weight) @ away.mT / (draws - 1))
-    kept = size > 1e-9 * size[-1].clamp_min(1e-12)
-    turn = turn[:, kept][:, -_MOST_DIRECTIONS:]
+def _compared(
+    returns: Float[Tensor, "D J"],
+    of_demos: Float[Tensor, "D N"],
+    offset: Tensor,
+    worth: Tensor,
+    ours: Tensor,
+    theirs: Tensor,
+) -> Conflict:
+    """The conflict of demonstrations that share a reward."""
+    nothing = Conflict(0.0, 1.0)
+    counts = returns.isfinite().all(0) & offset.isfinite()  # of others the weight is 0
+    returns, offset, worth, ours = returns[:, counts], offset[counts], worth[counts], ours[counts]
+    draws, number = len(returns), of_demos.shape[-1]
+    if draws < 2 or returns.shape[-1] < 2 or not bool(of_demos.isfinite().all()):
+        return nothing
+    log_weight = returns.mean(0) + offset
+    weight = log_weight.softmax(-1)
+    ess = float((-(2 * log_weight.log_softmax(-1) - worth).logsumexp(-1)).exp())
     # returns = middle + coordinates @ slopes, where coordinates have covariance I over the draws
-    slopes = turn.mT @ away / math.sqrt(draws - 1)
-    mean = weight @ ours
-    ours, slopes = ours - mean, slopes - (slopes @ weight).unsqueeze(-1)
-    gram = (ours.mT * weight) @ ours
-    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
-    inverse = torch.linalg.pinv(gram * scale * scale.unsqueeze(-1), hermitian=True, rtol=1e-9)
-    fit = (inverse * scale * scale.unsqueeze(-1)) @ ((ours.mT * weight) @ slopes.mT)
-    told = ours @ fit
-    share, turn = torch.linalg.eigh(number * (told.mT * weight) @ told)
-    moved = ((theirs - mean) @ fit).sum(0) @ turn
-    # The mean over starts is of samples, and the posterior's of draws: both have errors of their own.
-    error = share * (1 - share) + share * number * weight.square().sum() + share.square() / draws
+    away, away_of_demos = returns - returns.mean(0), of_demos - of_demos.mean(0)
+    size, turn = torch.linalg.eigh((away * weight) @ away.mT / (draws - 1))
+    turn = turn[:, size > 1e-9 * size[-1].clamp_min(1e-12)][:, -_MOST_DIRECTIONS:] / math.sqrt(draws - 1)
+    slopes, total = turn.mT @ away, turn.mT @ away_of_demos
+    centre = (slopes @ weight).unsqueeze(-1)
+    slopes, total = slopes - centre, total - centre
+    # Now directions of which the demonstrations have information 1.
+    size, turn = torch.linalg.eigh(number * (slopes * weight) @ slopes.mT)
+    turn = (turn / size.clamp_min(1e-12).sqrt())[:, size > _LEAST_LEARNED]
+    slopes, total = turn.mT @ slopes, turn.mT @ total
+    known, seen = _terms(ours, theirs, weight, int(ess / _SAMPLES_A_TERM))
+    if not known.shape[-1] or not len(slopes):
+        return nothing
+    gram = (known.mT * weight) @ known
+    fit = torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ ((known.mT * weight) @ slopes.mT)
+    told = (known @ fit).mT
+    share, turn = torch.linalg.eigh(number * (told * weight) @ told.mT)
     usable = (share > _SHARES[0]) & (share < _SHARES[1])
-    return moved[usable].abs() / error[usable].sqrt()
+    if not bool(usable.any()):
+        return nothing
+    turn, share = turn[:, usable], share[usable].unsqueeze(-1)
+    scale = (share * (1 - share) * (1 + number / ess)).sqrt()  # the means that slopes are from are of samples
+    told, slopes = turn.mT @ told, turn.mT @ slopes
+    score = (told - share * slopes) / scale
+    of_seen = (turn.mT @ ((seen @ fit).mT) - share * (turn.mT @ total)) / scale
+    errors = float(of_seen.sum(-1).abs().amax())
+    chance = min(len(score) * math.erfc(errors / math.sqrt(2)), 1.0)
+    return Conflict(errors, chance if chance > _CLOSE else _simulated(score, weight, number, errors))
 
 
-def _terms(ours: Tensor, theirs: Tensor) -> Float[Tensor, "n P"]:
-    """What a regression knows of starts, of the samples and then of demonstrations."""
-    both = torch.cat([ours, theirs])
-    if not both.is_floating_point():
-        states, place = both.unique(return_inverse=True)
-        common = place[len(ours) :].bincount(minlength=len(states)).argsort(descending=True, stable=True)
-        return (place.unsqueeze(-1) == common[:_MOST_STATES]).double()
-    both = both.double() - ours.double().mean(0)
-    size = both.shape[-1]
-    pairs = [(i, j) for i in range(size) for j in range(i, size if size <= _MOST_CROSSED else i + 1)]
-    return torch.cat([both, torch.stack([both[:, i] * both[:, j] for i, j in pairs], -1)], -1)
+def _simulated(score: Float[Tensor, "K J"], weight: Tensor, number: int, errors: float) -> float:
+    """Chance of a conflict as large where demonstrations are draws of the samples, by their weights."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    found = torch.zeros(len(score), _REPEATS, dtype=torch.float64, device="cpu")
+    for _ in range(number):
+        index = torch.multinomial(weight, _REPEATS, replacement=True, generator=generator)
+        found += score[:, index]
+    return (1 + int((found.abs().amax(0) >= errors).sum())) / (1 + _REPEATS)
+
+
+def _terms(
+    ours: Tensor, theirs: Tensor, weight: Tensor, most: int
+) -> tuple[Float[Tensor, "J P"], Float[Tensor, "N P"]]:
+    """What a regression knows of starts, of samples and of demonstrations: of mean 0 and variance 1 by the weights.
+
+    Which terms there are does not depend on the demonstrations, by which they are judged.
+    """
+    if ours.is_floating_point():
+        ours, theirs = ours.double(), theirs.double()
+        varying = ours.amax(0) - ours.amin(0) > 1e-5 * ours.abs().amax(0)
+        ours, theirs = ours[:, varying], theirs[:, varying]
+        middle = weight @ ours
+        ours, theirs = ours - middle, theirs - middle
+        size = ours.shape[-1]
+        pairs = [(i, i) for i in range(size)]
+        if size <= _MOST_CROSSED:
+            pairs += [(i, j) for i in range(size) for j in range(i + 1, size)]
+        both = [torch.cat([x, *(x[:, i : i + 1] * x[:, j : j + 1] for i, j in pairs)], -1) for x in (ours, theirs)]
+    else:
+        states, place = ours.unique(return_inverse=True)
+        often = torch.zeros(len(states), dtype=torch.float64, device="cpu").index_add(0, place, weight)
+        common = states[often.argsort(descending=True, stable=True)[:_MOST_STATES]]
+        both = [(x.unsqueeze(-1) == common).double() for x in (ours, theirs)]
+    ours, theirs = (x[:, :most] for x in both)
+    middle = weight @ ours
+    variance = weight @ (ours - middle).square()
+    varying = variance > 1e-18 * ours.square().amax(0)
+    scale = variance.clamp_min(1e-300).rsqrt() * varying
+    return ((ours - middle) * scale)[:, varying], ((theirs - middle) * scale)[:, varying]
