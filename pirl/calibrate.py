@@ -153,8 +153,8 @@ def calibrate(
         ...     return {"demos": pirl.Trajectories(table[..., 0], table[:, :-1, 1])}
         >>> sizes = dict(engine="laplace", num_replicates=4, num_draws=9)
         >>> found = pirl.calibrate(model, plan, mdp, features, draw_data=walks, **sizes)
-        >>> pirl.is_calibrated(found)
-        True
+        >>> pirl.is_calibrated(found)  # four replicates are too few to say so
+        False
     """
     if not callable(model):
         raise OptionError(f"the model is {form(model)}: give a function, then its arguments")

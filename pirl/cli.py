@@ -264,7 +264,7 @@ def calibrate_command(
     Parameters are drawn from the prior, data from the model, posteriors by the engine. The exit status is 1 if the
     ranks of the truth leave their band.
     """
-    from pirl.verdicts import is_calibrated, print_verdicts
+    from pirl.verdicts import print_verdicts, stays_in_bands
 
     check_output(out)
     for path in (plot, recovery):
@@ -302,7 +302,7 @@ def calibrate_command(
             print(f"wrote {path}")
     if study.attrs["num_replicates"] < replicates:
         raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(int(not is_calibrated(study)))
+    raise typer.Exit(int(not stays_in_bands(study)))
 
 
 @contextmanager

@@ -281,7 +281,10 @@ def check_options(engine: str, run: Callable[..., Any], options: Iterable[str], 
             own = [x.name for x in parameters if x.kind is x.KEYWORD_ONLY]
             near = difflib.get_close_matches(name, [*known, *own], n=1)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
-            raise OptionError(f"engine {engine!r} has no option {name!r}{meant}; its options are {', '.join(known)}")
+            raise OptionError(
+                f"engine {engine!r} has no option {name!r}{meant}; its options are {', '.join(known)}, "
+                "beside num_chains, num_warmup and num_samples"
+            )
 
 
 def _check_simulation(potential: Potential, setting: Setting) -> None:

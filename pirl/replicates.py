@@ -138,7 +138,7 @@ class Study:
         for name, kind in kinds.items():
             if kind == "latent" and trace.nodes[name]["fn"].support.is_discrete and "observed" in kinds.values():
                 raise DiscreteLatentError(
-                    f"latent site {name!r} is discrete: enumerate it (sum it out), or use MixtureSameFamily"
+                    f"latent site {name!r} is discrete: enumerate it, or use MixtureSameFamily; data need obs="
                 )
 
     def draw(self, number: int) -> Truth:

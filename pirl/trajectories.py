@@ -528,8 +528,12 @@ def _vector(x: Any, name: str, dims: int = 1, device: torch.device | None = None
     if tensor.is_floating_point() and bool(((tensor == tensor.round()) & (tensor.abs() < 2**53)).all()):
         tensor = tensor.to(torch.long)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.dim() != dims:
+        wrong = ""
+        if tensor.is_floating_point() and tensor.dim() == dims:
+            at = (tensor != tensor.round()).nonzero()
+            wrong = f": {float(tensor[tuple(at[0])]):g} at {at[0].tolist()} is none" if len(at) else ""
         raise InvalidTrajectoriesError(
-            f"{name} must be whole numbers with {dims} dimension(s), not {tensor.dtype} {tuple(tensor.shape)}"
+            f"{name} must be whole numbers with {dims} dimension(s), not {tensor.dtype} {tuple(tensor.shape)}{wrong}"
         )
     return tensor.to(torch.long)
 

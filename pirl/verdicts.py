@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pirl.convergence import element_names
+from pirl.errors import counted
 from pirl.replicates import LOG_LIKELIHOOD, check_study
 from pirl.uniformity import holm, p_values
 
@@ -93,11 +94,22 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
 
 
 def is_calibrated(study: xarray.DataTree) -> bool:
-    """Whether every replicate was made, and no test quantity leaves its band.
+    """Whether every replicate was made, of twenty at least, and no test quantity leaves its band.
 
     Example:
         >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
         >>> type(is_calibrated(study))
+        <class 'bool'>
+    """
+    return stays_in_bands(study) and len(_statistics(study)["failed"]) >= FEWEST
+
+
+def stays_in_bands(study: xarray.DataTree) -> bool:
+    """Whether every replicate was made, however few, and no test quantity leaves its band.
+
+    Example:
+        >>> study = pirl.calibrate(model, demos[:5], mdp, features, engine="laplace", num_replicates=4, num_draws=9)
+        >>> type(stays_in_bands(study))
         <class 'bool'>
     """
     return not _statistics(study)["failed"].any() and bool((verdicts(study)["finding"] == "uniform").all())
@@ -116,17 +128,28 @@ def print_verdicts(study: xarray.DataTree) -> None:
     from rich.text import Text
 
     found = verdicts(study)
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
-    columns = ["p", "adjusted", "50%\ncovers", "90%\ncovers", "corre-\nlation", "contrac-\ntion"]
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
-    table.add_column("ranks", no_wrap=True)
-    for label, row in found.iterrows():
-        digits = [3, 3] + [2] * (len(columns) - 2)
-        numbers = ["-" if np.isnan(x) else f"{x:.{n}f}" for x, n in zip(row.iloc[:-1], digits, strict=True)]
-        table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
-    Console(highlight=False).print(table)
+    headers = ["p", "adjusted", "50%\ncovers", "90%\ncovers", "corre-\nlation", "contrac-\ntion"]
+
+    def shown(columns: list[str]) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1))
+        table.add_column("", overflow="fold")
+        for column in columns:
+            table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
+        table.add_column("ranks", vertical="bottom", overflow="fold")
+        for label, row in found.iterrows():
+            digits = [3, 3] + [2] * (len(columns) - 2)
+            numbers = [
+                "-" if np.isnan(x) else f"{x:.{n}f}" for x, n in zip(row.iloc[: len(columns)], digits, strict=True)
+            ]
+            table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
+        return table
+
+    console = Console(highlight=False)
+    table = shown(headers)
+    wanted = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if wanted > console.width:  # what is judged first
+        table = shown(headers[:4])
+    console.print(table)
     print()
     for line in words(study, found):
         print(line)
@@ -146,10 +169,14 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     out = found[found["finding"] != "uniform"]
     engine = study.attrs["engine"]
     margin = 1.96 * 0.5 / np.sqrt(count)
+    few = float((stats["ess"][lived] < FEW_DRAWS * num_draws).mean())
+    torn = float((stats["rhat"][lived] > BAD_RHAT).mean())
     if len(out):
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
         why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
         lines = [f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or {why}."]
+        if few > OFTEN or torn > OFTEN:  # which is enough of a cause
+            lines = [f"Not calibrated: {names}. The chains are too short, which may be all that is wrong."]
         least = float(out["p_adjusted"].min())
         if least > CHANCE:
             lines.append(
@@ -157,7 +184,8 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
                 "replicates, tell whether it was chance."
             )
     elif count < FEWEST:
-        lines = [f"Nothing leaves its band, but {count} replicates are too few to tell: make {FEWEST} at least."]
+        many = counted(count, "replicate")
+        lines = [f"Nothing leaves its band, but {many} tell too little: make {FEWEST} at least."]
     else:
         lines = [
             f"Calibrated, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay in their "
@@ -172,13 +200,11 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     if not lived.all():
         why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
         lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")
-    few = float((stats["ess"][lived] < FEW_DRAWS * num_draws).mean())
     if few > OFTEN:
         lines.append(
             f"{few:.0%} of the posteriors have fewer than {FEW_DRAWS * num_draws:.0f} independent draws for "
             f"num_draws={num_draws}, which makes ranks too extreme: take more samples, or fewer num_draws."
         )
-    torn = float((stats["rhat"][lived] > BAD_RHAT).mean())
     if torn > OFTEN:
         lines.append(f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer.")
     diverging = float((stats["divergences"][lived] > 0).mean())

@@ -41,7 +41,7 @@ from pirl.plots.style import ORANGE
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
 from pirl.uniformity import holm, p_values
-from pirl.verdicts import _coverage, is_calibrated, print_verdicts, verdicts, words
+from pirl.verdicts import _coverage, is_calibrated, print_verdicts, stays_in_bands, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
 SCALE = 0.5
@@ -113,6 +113,28 @@ def test_unsound_posteriors_are_called_what_they_are(
     told = words(found, verdicts(found))
     assert finding in told[0]
     assert not any("A sound study" in line for line in told)  # of 200 replicates, with p-values of 1e-4 and less
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_table_is_whole_on_any_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    found = study(monkeypatch, exact(shift=0.4, width=0.5))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_verdicts(found)
+    told = capsys.readouterr().out
+    for word in ("adjusted", "covers", "log_likelihood", "0.000"):
+        assert word in told
+    assert "\N{HORIZONTAL ELLIPSIS}" not in told and ("corre-" in told) == (columns > 80)
+
+
+def test_chains_that_are_too_short_are_the_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where chains disagree, nobody knows whether the model or the engine is wrong."""
+    found = study(monkeypatch, exact(width=0.5))
+    assert "The model or engine" in words(found, verdicts(found))[0]
+    found["sample_stats"]["rhat"].values[:] = 1.2
+    told = words(found, verdicts(found))
+    assert "The chains are too short" in told[0] and any("chains disagree" in line for line in told)
 
 
 def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +393,8 @@ def test_an_engine_complains_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_replicates_are_called_too_few(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     found = study(monkeypatch, exact(), num_replicates=count)
     (first, *_) = words(found, verdicts(found))
-    assert ("too few to tell" in first) == (count < 20) and ("Calibrated" in first) == (count >= 20)
+    assert ("tell too little" in first) == (count < 20) and ("Calibrated" in first) == (count >= 20)
+    assert stays_in_bands(found) and is_calibrated(found) == (count >= 20)
 
 
 def test_what_the_data_do_not_tell_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior, n
 from pirl.learning import rounds as guided_rounds
 from pirl.partition import PartitionEstimate, untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
+from pirl.pool.demonstrations import check_starts
 from pirl.posterior import from_samples
 from pirl.simulators import TabularPolicy, TabularSimulator, base_policy, roll_out
 from tests.exchange import exchange
@@ -682,17 +683,21 @@ def test_the_error_of_the_likelihood_is_that_of_all_pools() -> None:
     assert np.std(found, ddof=1) / np.mean(said) == pytest.approx(1.0, abs=3 / math.sqrt(400))
 
 
-@pytest.mark.parametrize(("wrong", "refused"), [(12, True), (1, False)])
-def test_demonstrations_that_start_where_no_sample_does(wrong: int, refused: bool) -> None:
+@pytest.mark.parametrize(("wrong", "apart", "refused"), [(12, 1, True), (12, 12, True), (6, 6, True), (1, 1, False)])
+def test_demonstrations_that_start_where_no_sample_does(wrong: int, apart: int, refused: bool) -> None:
+    """In one state that no sample starts in, or in so many, of which each by itself would not be out of the way."""
     mdp, features, demos = problem(0.1, num=12)
     base, generator = base_policy(mdp), torch.Generator().manual_seed(0)
     played = roll_out(TabularSimulator(mdp), base, 1000, generator)
     (start,) = played.states[:, 0].unique().tolist()
     pool, states = pirl.Pool.of(played, base, base), demos.states.clone()
-    states[:wrong, 0] = (start + 1) % 16
+    states[:wrong, 0] = (start + 1 + torch.arange(wrong) % apart) % 16
     law = pirl.SampledMaxEntTrajectory(pool, pirl.linear_reward(features, TRUTH))
     elsewhere = pirl.Trajectories(states, demos.actions).as_tensor()
-    told = f"{wrong} of 12 demonstrations .the first is 0. start in {(start + 1) % 16}, where none of 1000 samples does"
+    told = (
+        rf"{wrong} of 12 demonstrations start where none of 1000 samples does \(all start in {start}\), the first of "
+        f"them, 0, in {(start + 1) % 16}:"
+    )
     with pytest.raises(PartitionError, match=told) if refused else pytest.warns(ConvergenceWarning, match=told):
         law.log_prob(elsewhere)
 
@@ -711,6 +716,24 @@ def test_rare_starts_are_no_reason_to_refuse() -> None:
     assert not bool(torch.isin(demos.states[:, 0], pool.states[:, 0]).all())
     law = pirl.SampledMaxEntTrajectory(pool, torch.zeros(size, 1).double())
     assert law.log_prob(demos.as_tensor()).abs().max() < 1e-12
+
+
+def test_refusals_of_starts_are_as_rare_as_they_say() -> None:
+    """Of one law, with starts of all kinds of chances, at most 5% of demonstrations are warned of."""
+    size = 200
+    chance = torch.linspace(0, 8, size, dtype=torch.float64).neg().exp()
+    stay = pirl.TabularMDP(
+        torch.eye(size, dtype=torch.float64).reshape(size, 1, size), chance / chance.sum(), horizon=2
+    )
+    base, generator, told = base_policy(stay), torch.Generator().manual_seed(0), 0
+    for _ in range(300):
+        pool = pirl.Pool.of(roll_out(TabularSimulator(stay), base, 300, generator), base, base)
+        starts = roll_out(TabularSimulator(stay), base, 20, generator).states[:, 0]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_starts(pool, starts)
+        told += len(caught)
+    assert told / 300 <= 0.05 + 4.5 * (0.05 * 0.95 / 300) ** 0.5
 
 
 def test_a_discount_is_refused() -> None:

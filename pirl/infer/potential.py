@@ -448,7 +448,7 @@ def _refuse(trace: pyro.poutine.Trace, subsampling: bool) -> tuple[list[str], li
         elif kind == "latent":
             if fn.has_enumerate_support or fn.support.is_discrete:
                 raise DiscreteLatentError(
-                    f"latent site {name!r} is discrete: enumerate it (sum it out), or use MixtureSameFamily"
+                    f"latent site {name!r} is discrete: enumerate it, or use MixtureSameFamily; data need obs="
                 )
             try:
                 bijection(fn)

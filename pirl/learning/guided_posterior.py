@@ -45,10 +45,12 @@ class GuidedPosterior(NamedTuple):
     def __repr__(self) -> str:
         attrs = self.posterior.attrs
         known = "trusted" if attrs["partition_trusted"] else "NOT TRUSTED"
+        each = " of each pool" if isinstance(self.pool, list) else ""
+        starts = "; STARTS DO NOT FIT what follows them" if "partition_starts" in attrs else ""
         return (
             f"GuidedPosterior({known}: {attrs['partition_ess']:,.0f} effective of {attrs['partition_samples']:,} "
-            f"samples for {counted(attrs['partition_demonstrations'], 'demonstration')}, "
-            f"{counted(len(self.history['ess']), 'round')})"
+            f"samples for {counted(attrs['partition_demonstrations'], 'demonstration')}{each}, "
+            f"{counted(len(self.history['ess']), 'round')}{starts})"
         )
 
 

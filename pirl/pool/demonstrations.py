@@ -13,7 +13,7 @@ from torch import Tensor
 from pirl.errors import ConvergenceWarning, HorizonError, InvalidTrajectoriesError, PartitionError
 from pirl.pool.samples import Pool
 from pirl.pool.tables import widened
-from pirl.simulators import log_density
+from pirl.simulators import WholeLaw, log_density
 
 
 def check_explained(pool: Pool, demos: Any) -> None:
@@ -141,13 +141,20 @@ def check_starts(pool: Pool, starts: Tensor) -> None:
     """Refuse demonstrations that start where no sample starts, unless that may be by chance.
 
     If both came from one law, which of all N + M starts are the demonstrations' would be by chance: all c trajectories
-    that start in a state are demonstrations with probability (M)_c / (N + M)_c. The smallest of these is the statistic,
-    and the sum of all that are as small bounds its p-value.
+    that start in a state are demonstrations with probability (M)_c / (N + M)_c. The smallest of these is one statistic,
+    and the sum of all that are as small bounds its p-value. The other is how many of the starts that occur once are
+    demonstrations': of continuous starts all are, and of a simulator with one start none should be. Particles share
+    their starts, and are left out.
 
     Raises:
         PartitionError: names the start.
     """
-    rows = torch.cat([pool.states[:, 0], starts]).reshape(len(pool) + len(starts), -1).cpu()
+    from scipy.stats import hypergeom
+
+    alone = torch.tensor([not isinstance(law, WholeLaw) for law in pool.policies])[pool.origin.cpu()]
+    ours = pool.states[:, 0].cpu()[alone]
+    samples = len(ours)
+    rows = torch.cat([ours, starts.cpu()]).reshape(samples + len(starts), -1)
     _, place = rows.unique(dim=0, return_inverse=True)
     number, size = len(starts), len(rows)
     counts = place.bincount()
@@ -157,20 +164,24 @@ def check_starts(pool: Pool, starts: Tensor) -> None:
         - torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) + torch.lgamma(size - count + 1)
     )  # fmt: skip
     chance = torch.where(counts <= number, log_chance, -torch.inf).exp()
-    unseen = place[: len(pool)].bincount(minlength=len(counts)) == 0
-    if not bool(unseen.any()):
+    unseen = place[:samples].bincount(minlength=len(counts)) == 0
+    if not samples or not bool(unseen.any()):
         return
     least = chance[unseen].amin()
-    total = float(chance[chance <= least].sum())
+    once = counts == 1
+    of_demos = int((unseen & once).sum())
+    of_singles = float(hypergeom.sf(of_demos - 1, size, int(once.sum()), number)) if of_demos else 1.0
+    total = 2 * min(float(chance[chance <= least].sum()), of_singles)
     if total >= _UNLIKELY:
         return
-    state = int((unseen & (chance == least)).nonzero()[0])
-    episode = int((place[len(pool) :] == state).nonzero()[0])
+    elsewhere = unseen[place[samples:]]
+    episode = int(elsewhere.nonzero()[0])
     start = starts[episode].tolist()
+    where = "" if int((~unseen).sum()) > 1 else f" (all start in {ours[0].tolist()})"
     told = (
-        f"{int(counts[state])} of {number} demonstrations (the first is {episode}) start in {start}, where none of "
-        f"{len(pool)} samples does: log Z is of the simulator's starts; give simulators of the demonstrations' starts, "
-        "one for each group, or more roll-outs"
+        f"{int(elsewhere.sum())} of {number} demonstrations start where none of {samples} samples does{where}, the "
+        f"first of them, {episode}, in {start}: log Z is of the simulator's starts; give simulators of the "
+        "demonstrations' starts, one for each group, or more roll-outs"
     )
     if total < _IMPOSSIBLE:
         raise PartitionError(told)
