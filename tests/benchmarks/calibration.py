@@ -96,10 +96,13 @@ def ranks_of(found: xarray.DataTree) -> pandas.DataFrame:
 
 def table(folder: Path = RANKS) -> pandas.DataFrame:
     """A row for each case and engine: replicates, the least adjusted p-value, coverage, what leaves its band."""
-    rows = []
-    files = [pandas.read_csv(path) for path in sorted(folder.glob("*.csv"))]
-    for (case, engine), whole in pandas.concat(files).groupby(["case", "engine"], sort=True):
-        found = whole.dropna(subset="ess").dropna(axis=1, how="all")
+    rows, files = [], dict[tuple[str, str], list[pandas.DataFrame]]()
+    for path in sorted(folder.glob("*.csv")):
+        one = pandas.read_csv(path)
+        files.setdefault((one["case"][0], one["engine"][0]), []).append(one)
+    for (case, engine), parts in files.items():
+        whole = pandas.concat(parts)
+        found = whole.dropna(subset="ess")
         names = [name for name in found.columns if name not in ("case", "engine", "ess")]
         ranks = found[names].to_numpy(int)
         p = holm(p_values(ranks, NUM_DRAWS))
