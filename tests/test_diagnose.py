@@ -293,6 +293,20 @@ def test_approximations_are_judged_by_their_weights(attrs: dict[str, Any], kind:
     print_summary(posterior)
 
 
+@pytest.mark.parametrize(("slope", "told"), [(0.6, True), (0.1, False)])
+def test_means_that_weights_move_are_told(slope: float, told: bool) -> None:
+    """Weights exp(slope x) move the mean of a normal x by slope standard deviations."""
+    groups = healthy(chains=1)
+    goal = groups["posterior"]["weights"][..., 0]
+    groups["sample_stats"] = {"log_weight": slope * (goal - goal.mean()) / goal.std()}
+    attrs = {**LAPLACE, "importance_ess": DRAWS * np.exp(-(slope**2))}
+    found = [finding for finding in diagnose(tree(groups, attrs)) if finding.kind == "shifted"]
+    assert bool(found) == told
+    if told:
+        shift = float(found[0].what.split("weights[goal] (")[1].split(")")[0])
+        assert shift == pytest.approx(slope, abs=4.5 / attrs["importance_ess"] ** 0.5)
+
+
 def test_draws_of_an_approximation_are_weighted_before_observations_are_left_out() -> None:
     groups = healthy(chains=1)
     squares = groups["posterior"]["weights"][..., 0] ** 2

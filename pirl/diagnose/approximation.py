@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pirl.diagnose.facts import FEW_PARTICLES, NON_CENTRED, Facts, Finding
+from pirl.diagnose.facts import FEW_PARTICLES, NON_CENTRED, Facts, Finding, worst_of
 from pirl.infer.importance import FEWEST, TRUSTED_K
 
 FEWEST_IMPORTANT, MAX_EVIDENCE_ERROR = 100, 0.5
+MAX_SHIFT = 0.25
+"""Posterior standard deviations by which a mean of an approximation may be off."""
 
 
 def approximation(facts: Facts) -> Iterator[Finding]:
@@ -58,6 +60,15 @@ def approximation(facts: Facts) -> Iterator[Finding]:
                 "weighted averages rest on few draws",
                 f"num_samples={10 * facts.count}",
             )
+        elif shifted := _shifted(facts, size):
+            yield Finding(
+                "problem",
+                "shifted",
+                f"Means of the approximation's draws ({name}) are off, as their weights tell: of {shifted} posterior "
+                "standard deviations.",
+                "means and intervals of the draws are not the posterior's, which its weights know",
+                f"resample=True (draws then follow their weights), posterior['psis_moments'], or {exact}",
+            )
     if str(facts.attrs.get("converged")) == "False":
         advice = "a larger max_steps, or a smaller learning_rate" if name == "svi" else "num_starts=20"
         yield Finding(
@@ -95,6 +106,21 @@ def particles(facts: Facts) -> Iterator[Finding]:
             "the shares of modes and comparisons of models are as uncertain",
             "more particles (num_samples), or a larger target_ess",
         )
+
+
+def _shifted(facts: Facts, size: float) -> str:
+    """Elements whose means the importance weights move by more than is tolerable, and than chance does."""
+    log_weight = facts.stat("log_weight")
+    if log_weight is None or not facts.latent.names:
+        return ""
+    weight = np.exp(log_weight - log_weight.max()).ravel()
+    weight /= weight.sum()
+    draws = facts.latent.draws.reshape(len(weight), -1)
+    mean = weight @ draws
+    spread = np.sqrt(weight @ (draws - mean) ** 2)
+    off = np.abs(draws.mean(0) - mean) / np.where(spread > 0, spread, np.inf)
+    far = np.flatnonzero(off > max(MAX_SHIFT, 4 / np.sqrt(size)))
+    return worst_of([facts.latent.names[i] for i in far], off[far], ".2f") if len(far) else ""
 
 
 def partition(facts: Facts) -> Iterator[Finding]:
