@@ -133,6 +133,8 @@ def test_chains_that_are_too_short_are_the_first_cause(monkeypatch: pytest.Monke
     found = study(monkeypatch, exact(width=0.5))
     assert "The model or engine" in words(found, verdicts(found))[0]
     found["sample_stats"]["rhat"].values[:] = 1.2
+    assert not any("chains" in line for line in words(found, verdicts(found)))  # laplace has none
+    found.attrs["engine"] = "chees"
     told = words(found, verdicts(found))
     assert "The chains are too short" in told[0] and any("chains disagree" in line for line in told)
 

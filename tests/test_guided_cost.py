@@ -28,7 +28,7 @@ from pirl.learning import bayesian_guided_cost, guided_pool, guided_posterior, n
 from pirl.learning import rounds as guided_rounds
 from pirl.partition import PartitionEstimate, untrusted
 from pirl.partition.gates import ESS_PER_DEMONSTRATION
-from pirl.pool.demonstrations import check_starts
+from pirl.pool.demonstrations import check_starts, check_table
 from pirl.posterior import from_samples
 from pirl.simulators import TabularPolicy, TabularSimulator, base_policy, roll_out
 from tests.exchange import exchange
@@ -716,6 +716,20 @@ def test_rare_starts_are_no_reason_to_refuse() -> None:
     assert not bool(torch.isin(demos.states[:, 0], pool.states[:, 0]).all())
     law = pirl.SampledMaxEntTrajectory(pool, torch.zeros(size, 1).double())
     assert law.log_prob(demos.as_tensor()).abs().max() < 1e-12
+
+
+def test_starts_that_repeat_are_no_reason_to_refuse() -> None:
+    """Demonstrations that a bootstrap drew again, policies that were rolled out with the same chance; on any device."""
+    system, generator = puck.puck(6, 0.05), torch.Generator().manual_seed(0)
+    base = system.base_policy
+    seen = roll_out(system, base, 10, generator)
+    pool = pirl.Pool.of(roll_out(system, base, 500, torch.Generator().manual_seed(1)), base, base)
+    pool = pool.add(roll_out(system, base, 500, torch.Generator().manual_seed(1)), base)
+    demos = pirl.ContinuousTrajectories(seen.states, seen.actions)
+    for table in (demos.as_tensor(), demos.as_tensor().repeat(5, 1, 1), demos.as_tensor().expand(3, 10, -1, -1)):
+        check_table(pool, table)
+    with torch.device("meta"):
+        check_starts(pool, demos.states[:, 0])
 
 
 def test_refusals_of_starts_are_as_rare_as_they_say() -> None:

@@ -127,6 +127,21 @@ def test_large_errors_of_few_rare_starts_are_likelier_than_of_a_normal_law() -> 
     assert chance == pytest.approx(exact, abs=4.5 * (exact * (1 - exact) / 8000) ** 0.5)
 
 
+def test_large_conflicts_are_told_of_one_reward_of_many() -> None:
+    """Fifty people with a reward each, of whom one was put where he started: the simulation's floor is no bound."""
+    normal = noise(0)
+    samples, after = normal(SAMPLES), normal(SAMPLES)
+    theta, starts, follow = 0.2 * normal(50, 1), normal(50, NUMBER), normal(50, NUMBER)
+    starts, follow = theta + starts, theta + follow
+    starts[17] = starts[17] - 3
+    draws = theta.mT + normal(DRAWS, 50) / (2 * NUMBER) ** 0.5
+    of_demos = draws.unsqueeze(-1) * (starts + follow)
+    errors, chance = conflict(
+        starting(samples), starts.unsqueeze(-1), draws.reshape(DRAWS, 50, 1, 1) * (samples + after), of_demos
+    )
+    assert chance < 1e-6 and errors == pytest.approx(3 * (NUMBER / 2) ** 0.5, abs=4.5)
+
+
 def test_starts_that_tell_nothing_or_all_have_no_conflict() -> None:
     """Where what follows tells nothing, starts have all of what is known, and nothing contradicts."""
     ours, far = noise(0)(SAMPLES), torch.full((1000, 1), 3.0, dtype=torch.float64)

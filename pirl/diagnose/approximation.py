@@ -116,6 +116,7 @@ def _shifted(facts: Facts, size: float) -> str:
     weight = np.exp(log_weight - log_weight.max()).ravel()
     weight /= weight.sum()
     draws = facts.latent.draws.reshape(len(weight), -1)
+    draws = np.where(weight[:, None] > 0, draws, 0.0)
     mean = weight @ draws
     spread = np.sqrt(weight @ (draws - mean) ** 2)
     off = np.abs(draws.mean(0) - mean) / np.where(spread > 0, spread, np.inf)

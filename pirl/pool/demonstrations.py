@@ -111,7 +111,7 @@ def _check_table(pool: Pool, table: Tensor, lengths: Tensor | None) -> None:
         )
     states, actions, lengths = _decoded(pool, table, lengths)
     check_support(pool, states, actions, lengths)
-    check_starts(pool, states[:, 0])
+    check_starts(pool, states[:, 0], None if pool.tabular else _distinct(table))
 
 
 def ratio_of_table(pool: Pool, table: Tensor, lengths: Tensor | None = None) -> Float[Tensor, "..."]:
@@ -133,35 +133,54 @@ def _decoded(pool: Pool, table: Tensor, lengths: Tensor | None) -> tuple[Tensor,
     return flat[..., :size], flat[:, :-1, size:], lengths.expand(table.shape[:-2]).reshape(-1)
 
 
+def _distinct(table: Tensor) -> Tensor:
+    """Numbers of the first of each trajectory of vectors ``[*batch, T + 1, D]``, as of a bootstrap's."""
+    flat = table.detach().cpu().reshape(-1, table.shape[-2] * table.shape[-1])
+    _, place = flat.unique(dim=0, return_inverse=True)
+    number = torch.arange(len(flat), device="cpu")
+    return (
+        torch.full_like(number, len(flat))
+        .scatter_reduce(0, place, number, "amin")[: int(place.max()) + 1]
+        .sort()
+        .values
+    )
+
+
+_FEW_STARTS = 10
+"""Starts of samples, up to which a simulator is one of given starts."""
 _IMPOSSIBLE, _UNLIKELY = 1e-3, 0.05
 """Chances below which starts that no sample has are refused, or warned of."""
 
 
-def check_starts(pool: Pool, starts: Tensor) -> None:
+def check_starts(pool: Pool, starts: Tensor, distinct: Tensor | None = None) -> None:
     """Refuse demonstrations that start where no sample starts, unless that may be by chance.
 
     If both came from one law, which of all N + M starts are the demonstrations' would be by chance: all c trajectories
     that start in a state are demonstrations with probability (M)_c / (N + M)_c. The smallest of these is one statistic,
-    and the sum of all that are as small bounds its p-value. The other is how many of the starts that occur once are
-    demonstrations': of continuous starts all are, and of a simulator with one start none should be. Particles share
-    their starts, and are left out.
+    and the sum of all that are as small bounds its p-value. Where samples have but a few starts the other is how many
+    of those that occur once are demonstrations': each of many wrong places may be by chance, and not all of them.
+    Particles share their starts, and are left out.
+
+    Args:
+        distinct: which demonstrations count: a trajectory of vectors that is there twice was seen once.
 
     Raises:
         PartitionError: names the start.
     """
     from scipy.stats import hypergeom
 
-    alone = torch.tensor([not isinstance(law, WholeLaw) for law in pool.policies])[pool.origin.cpu()]
-    ours = pool.states[:, 0].cpu()[alone]
-    samples = len(ours)
-    rows = torch.cat([ours, starts.cpu()]).reshape(samples + len(starts), -1)
+    alone = torch.tensor([not isinstance(law, WholeLaw) for law in pool.policies], device="cpu")[pool.origin.cpu()]
+    ours, starts = pool.states[:, 0].cpu()[alone], starts.cpu()
+    kept = torch.arange(len(starts), device="cpu") if distinct is None else distinct.cpu()
+    starts, samples = starts[kept], len(ours)
+    rows = torch.cat([ours, starts]).reshape(samples + len(starts), -1)
     _, place = rows.unique(dim=0, return_inverse=True)
     number, size = len(starts), len(rows)
     counts = place.bincount()
     count = counts.double()
     log_chance = (
-        torch.lgamma(torch.tensor(number + 1.0, dtype=torch.float64)) - torch.lgamma((number - count + 1).clamp_min(1))
-        - torch.lgamma(torch.tensor(size + 1.0, dtype=torch.float64)) + torch.lgamma(size - count + 1)
+        math.lgamma(number + 1) - torch.lgamma((number - count + 1).clamp_min(1))
+        - math.lgamma(size + 1) + torch.lgamma(size - count + 1)
     )  # fmt: skip
     chance = torch.where(counts <= number, log_chance, -torch.inf).exp()
     unseen = place[:samples].bincount(minlength=len(counts)) == 0
@@ -169,14 +188,15 @@ def check_starts(pool: Pool, starts: Tensor) -> None:
         return
     least = chance[unseen].amin()
     once = counts == 1
-    of_demos = int((unseen & once).sum())
-    of_singles = float(hypergeom.sf(of_demos - 1, size, int(once.sum()), number)) if of_demos else 1.0
+    of_demos, of_singles = int((unseen & once).sum()), 1.0
+    if of_demos and int((~unseen).sum()) <= _FEW_STARTS:
+        of_singles = float(hypergeom.sf(of_demos - 1, size, int(once.sum()), number))
     total = 2 * min(float(chance[chance <= least].sum()), of_singles)
     if total >= _UNLIKELY:
         return
     elsewhere = unseen[place[samples:]]
-    episode = int(elsewhere.nonzero()[0])
-    start = starts[episode].tolist()
+    first = int(elsewhere.nonzero()[0])
+    episode, start = int(kept[first]), starts[first].tolist()
     where = "" if int((~unseen).sum()) > 1 else f" (all start in {ours[0].tolist()})"
     told = (
         f"{int(elsewhere.sum())} of {number} demonstrations start where none of {samples} samples does{where}, the "
@@ -213,7 +233,7 @@ def check_transitions(pool: Pool, states: Tensor, actions: Tensor) -> None:
     )
     seen, shown = place[len(theirs) :].bincount(minlength=len(move)), place[: len(theirs)].bincount(minlength=len(move))
     pairs = int(pair.max()) + 1
-    pair_of = torch.zeros(len(move), dtype=torch.long).scatter(0, place, pair)
+    pair_of = torch.zeros(len(move), dtype=torch.long, device="cpu").scatter(0, place, pair)
     n = pair[len(theirs) :].bincount(minlength=pairs)[pair_of].double()
     m = pair[: len(theirs)].bincount(minlength=pairs)[pair_of].double()
     log_chance = (

@@ -139,7 +139,7 @@ def partition_quality(
     count = len(next(iter(draws.values()))) if draws else 0
     index = torch.linspace(0, count - 1, min(count, _QUALITY_DRAWS)).round().long().tolist()
     first, seen = dict[str, SampledMaxEntTrajectory](), dict[str, Tensor]()
-    whole, returns, gained, odds = (dict[str, list[Tensor]]() for _ in range(4))
+    whole, gained, odds = (dict[str, list[Tensor]]() for _ in range(3))
     for number in index:
         with torch.no_grad(), Given({name: value[number] for name, value in draws.items()}) as given:
             model(*args, **kwargs)
@@ -148,7 +148,6 @@ def partition_quality(
             whole.setdefault(name, []).append(law.log_weights)
             log_prob = law.log_prob(seen[name])
             odds.setdefault(name, []).append((log_prob + _ratio(law, seen[name])).reshape(-1))
-            returns.setdefault(name, []).append(law.returns)
             gained.setdefault(name, []).append(log_prob + law.log_partition)
     if not first:
         return None
@@ -166,8 +165,9 @@ def partition_quality(
     conflicts = dict[str, Conflict]()
     for name, law in first.items():
         starts = seen[name][..., 0, 0] if law.pool.tabular else seen[name][..., 0, : law.pool.states.shape[-1]]
-        conflicts[name] = conflict(law.pool, starts, torch.stack(returns[name]), torch.stack(gained[name]))
-    worst = min(conflicts, key=lambda name: conflicts[name].chance)
+        returns = torch.stack(whole.pop(name)) - law.pool.log_offset
+        conflicts[name] = conflict(law.pool, starts, returns, torch.stack(gained[name]))
+    worst = min(conflicts, key=lambda name: (conflicts[name].chance, -conflicts[name].errors))
     if len(conflicts) * conflicts[worst].chance >= UNLIKELY:
         return quality
     where = "" if len(conflicts) == 1 else f"at site {worst!r} "

@@ -79,11 +79,11 @@ def conflict(
     gained = of_demos.detach().cpu().double().expand((draws, *every)).reshape(draws, -1)
     offset, worth = (x.detach().cpu().double() for x in (pool.log_offset, pool.log_worth))
     found = []
-    for at, each in enumerate(returns.detach().cpu().double().reshape(draws, -1, len(first)).unbind(1)):
+    for at, each in enumerate(returns.detach().reshape(draws, -1, len(first)).unbind(1)):
         mine = row == at
         if bool(mine.any()):
-            found.append(_compared(each, gained[:, mine], offset, worth, first, theirs[mine]))
-    best = min(found, key=lambda one: one.chance, default=Conflict(0.0, 1.0))
+            found.append(_compared(each.cpu().double(), gained[:, mine], offset, worth, first, theirs[mine]))
+    best = min(found, key=lambda one: (one.chance, -one.errors), default=Conflict(0.0, 1.0))
     return best._replace(chance=min(best.chance * len(found), 1.0))
 
 
@@ -143,7 +143,20 @@ def _simulated(score: Float[Tensor, "K J"], weight: Tensor, number: int, errors:
     for _ in range(number):
         index = torch.multinomial(weight, _REPEATS, replacement=True, generator=generator)
         found += score[:, index]
-    return (1 + int((found.abs().amax(0) >= errors).sum())) / (1 + _REPEATS)
+    as_large = int((found.abs().amax(0) >= errors).sum())
+    return (
+        (1 + as_large) / (1 + _REPEATS) if as_large else min(1 / (1 + _REPEATS), _bound(score, weight, number, errors))
+    )
+
+
+def _bound(score: Float[Tensor, "K J"], weight: Tensor, number: int, errors: float) -> float:
+    """Chernoff's bound of that chance, exp(-t x) E exp(t sum) for the best t, of both signs and all directions."""
+    found = 0.0
+    for one in torch.cat([score, -score]):
+        tilts = errors * torch.linspace(0.05, 1.5, 30, dtype=torch.float64, device="cpu")
+        of_sum = torch.stack([number * (weight.log() + tilt * one).logsumexp(0) for tilt in tilts])
+        found += float((of_sum - tilts * errors).amin().exp())
+    return found
 
 
 def _terms(
