@@ -32,6 +32,7 @@ from pirl.errors import (
     PirlError,
     check_counts,
     form,
+    warn,
 )
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
@@ -319,7 +320,7 @@ class _Rows:
                 if not self.done:
                     raise KeyboardInterrupt("interrupted before the first replicates were done") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
-                warnings.warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning, stacklevel=4)
+                warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
             finally:
                 self._save(checkpoint, now=True)
 
@@ -330,7 +331,7 @@ class _Rows:
             checkpoint.save(self._arrays())
             self.unsaved = False
         except CheckpointError as error:  # what was made is worth more than the file
-            warnings.warn(f"{error}; the study goes on", CheckpointWarning, stacklevel=4)
+            warn(f"{error}; the study goes on", CheckpointWarning)
 
     def _add_all(
         self,

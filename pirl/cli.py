@@ -24,7 +24,6 @@ from pirl.errors import (
     ConvergenceWarning,
     EmptyTrajectoriesWarning,
     InterruptedWarning,
-    OptionError,
     PirlError,
 )
 from pirl.files import (
@@ -127,11 +126,12 @@ def fit_command(
     check_output(out)
     check_output(plot, PLOT_FORMATS)
     check_distinct(out, plot, checkpoint)
+    _check_device(device)
     file = ModelFile.read(model)
     options = file.options(settings or [])
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup,
-        "device": _device(device), "seed": seed, "progress": progress, "checkpoint": checkpoint,
+        "device": device, "seed": seed, "progress": progress, "checkpoint": checkpoint,
     }  # fmt: skip
     try:
         with _short_warnings():
@@ -270,9 +270,10 @@ def calibrate_command(
     for path in (plot, recovery):
         check_output(path, PLOT_FORMATS)
     check_distinct(out, plot, recovery, checkpoint)
+    _check_device(device)
     file = ModelFile.read(model)
     arguments = {
-        "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": _device(device),
+        "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": device,
         "num_replicates": replicates, "num_draws": draws, "seed": seed, "progress": progress, "checkpoint": checkpoint,
     }  # fmt: skip
     try:
@@ -323,15 +324,12 @@ def _short_warnings() -> Iterator[None]:
         yield
 
 
-def _device(name: str | None) -> str | None:
-    import torch
+def _check_device(name: str | None) -> None:
+    """Before data are loaded, which may take long."""
+    from pirl.setting import check_device
 
-    try:
-        if name is not None:
-            torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
+    if name is not None:
+        check_device(name)
 
 
 def _write_plot(posterior: xarray.DataTree, path: Path) -> None:

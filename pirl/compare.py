@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.baselines import PointEstimate, cloning, max_margin, maxent, maximum_margin_planning
-from pirl.errors import ConvergenceWarning, OptionError, PirlError, form
+from pirl.errors import ConvergenceWarning, OptionError, PirlError, form, warn
 from pirl.infer.importance import FEWEST
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
@@ -373,7 +373,7 @@ def against_point_estimates(
         try:
             entries[label] = method()
         except PirlError as error:
-            warnings.warn(f"{label} is left out: {error}", ConvergenceWarning, stacklevel=2)
+            warn(f"{label} is left out: {error}", ConvergenceWarning)
     rewards = {"posterior": reward_draws(posterior, file.model, **trained)}
     truth = file.known_truth({**options, **loaded})
     return compare(

@@ -8,6 +8,8 @@ missing extra).
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -144,6 +146,27 @@ class InterruptedWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint could not be written; the run goes on, and the last good checkpoint is intact."""
+
+
+_BELOW = ("pirl", "pyro", "torch", "contextlib", "functools")
+"""Packages whose lines are nobody's own: a warning points above them."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of something at the nearest line that a user wrote.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as told:
+        ...     warnings.simplefilter("always")
+        ...     warn("the chains do not agree yet", ConvergenceWarning)
+        >>> str(told[0].message)
+        'the chains do not agree yet'
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BELOW:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def is_count(x: Any, least: int = 1) -> bool:

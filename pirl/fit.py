@@ -8,7 +8,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, warn
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, describe, planned, to_datatree
@@ -137,9 +136,10 @@ def fit(
         ranks = join(device)
         if not (samples or ranks.leads):
             return None  # type: ignore[return-value] # an approximation is the work of one process
+        arguments = bound(model, args, kwargs)
         reseed(seed, START_STREAM)
         potential = Potential(model, args, kwargs, subsampling=engine == "svi")
-        constant = _constant_data(bound(model, args, kwargs), dims or {})
+        constant = _constant_data(arguments, dims or {})
         # What can be refused is refused before the long work.
         plan = planned(potential, dims or {}) | {"constant_data": constant}
         for variables in plan.values():
@@ -233,7 +233,7 @@ def _partition_quality(
     reason = untrusted(estimate, count, site=found.weakest)
     for told in (reason, found.starts):
         if told is not None:
-            warnings.warn(told, ConvergenceWarning, stacklevel=3)
+            warn(told, ConvergenceWarning)
     return {
         "partition_estimator": "importance sampling from a fixed pool",
         "partition_measure": "log likelihoods and the evidence are relative to p(tau)",

@@ -11,7 +11,6 @@ Draws of the reward ``[D, S, A]`` stand for the posterior. Which policy is best 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ConvergenceError, ConvergenceWarning, OptionError
+from pirl.errors import ConvergenceError, ConvergenceWarning, OptionError, warn
 from pirl.mdp import TabularMDP
 from pirl.planning import discounted_occupancy, optimal_policy
 
@@ -176,11 +175,10 @@ class _Plans:
             if not offered > attained + 1e-9 * (1 + abs(attained)):
                 break
         else:
-            warnings.warn(
+            warn(
                 f"after {_MOST_PLANS} plans the risk-averse policy attains {attained:.4g}, and none attains more than "
                 f"{offered:.4g}",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         share = np.append(share, 0.0)  # of the plan that was not better
         visits = torch.einsum("m,mtsa->tsa", torch.from_numpy(share).to(self.rewards), torch.stack(self.visits))

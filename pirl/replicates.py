@@ -122,6 +122,7 @@ class Study:
 
         Raises:
             DiscreteLatentError: a discrete site is hidden, which would pass for data.
+            ModelError: there are demonstrations, and the model observes nothing: it could be simulated, not fitted.
         """
         arguments = list(leaves([setting.args, setting.kwargs]))
         plans = [value for value in arguments if hasattr(value, "as_tensor") and value.as_tensor() is None]
@@ -135,6 +136,8 @@ class Study:
             return
         kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
         self.observed = {name for name, kind in kinds.items() if kind == "observed"}
+        if any(hasattr(value, "as_tensor") for value in arguments) and not {"observed", "factor"} & set(kinds.values()):
+            raise ModelError("the model observes nothing of its demonstrations: give its site obs=demos.as_tensor()")
         for name, kind in kinds.items():
             if kind == "latent" and trace.nodes[name]["fn"].support.is_discrete and "observed" in kinds.values():
                 raise DiscreteLatentError(
@@ -312,7 +315,10 @@ def _functions(quantities: Mapping[str, Quantity] | Sequence[str]) -> dict[str, 
     def recorded(name: str) -> Quantity:
         def quantity(values: Values, data: Values) -> Tensor:
             if name not in values:
-                raise OptionError(f"quantity {name!r} is not recorded by the model: it has {', '.join(sorted(values))}")
+                raise OptionError(
+                    f"quantity {name!r} is not recorded by the model, which has {', '.join(sorted(values))}: record it "
+                    "by pyro.deterministic"
+                )
             return values[name]
 
         return quantity

@@ -76,15 +76,30 @@ def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -
 
 def _own_device(device: torch.device | str) -> torch.device:
     """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
+    device = check_device(device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, which can be computed on.
+
+    Raises:
+        OptionError: torch does not know it, or there is none here.
+    """
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise OptionError(f"device {device!r} is not known: use 'cpu', 'cuda' or 'cuda:0'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("there is no CUDA device here: leave out device=, or use 'cpu'")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).item()  # "meta" tells no numbers
+    except Exception as error:  # of whatever kind: backends that are not there raise many
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptionError(f"device '{device}' cannot be used ({told}): leave out device=, or use 'cpu'") from None
     return device
 
 
@@ -100,11 +115,20 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) ->
     return value
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """What lists, tuples and dictionaries hold, and what they in turn hold."""
+def leaves(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """What lists, tuples and dictionaries hold, and what they in turn hold.
+
+    Args:
+        within: what holds this, by identity.
+
+    Raises:
+        OptionError: something holds itself.
+    """
     if _holds(value):
+        if id(value) in within:
+            raise OptionError(f"an argument is a {type(value).__name__} that holds itself: give one that ends")
         for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item)
+            yield from leaves(item, (*within, id(value)))
     else:
         yield value
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +17,7 @@ from pirl.errors import (
     InvalidTrajectoriesError,
     UnavailableActionError,
     form,
+    warn,
 )
 from pirl.transitions import Dynamics
 
@@ -89,7 +89,7 @@ class Trajectories:
                 "expected [N, T] or [N, T + 1] with [N, T]"
             )
         if len(actions) == 0:
-            warnings.warn("no demonstrations: the posterior will be the prior", EmptyTrajectoriesWarning, stacklevel=2)
+            warn("no demonstrations: the posterior will be the prior", EmptyTrajectoriesWarning)
             states = actions = torch.full((1, 1), -1, device=actions.device)
             lengths, ends, horizons, limits, subjects = [0], "truncated", None, None, None
         count, steps = actions.shape

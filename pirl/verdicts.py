@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int
 
 from pirl.convergence import element_names
 from pirl.errors import counted
@@ -60,35 +62,58 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
     check_study(study)
     num_draws = int(study.attrs["num_draws"])
     lived = ~_statistics(study)["failed"].astype(bool)
-    rows, index = [], []
+    all_ranks, index = [], []
+    rows: list[dict[str, float]] = []
     for key, data in study["ranks"].data_vars.items():
         name = str(key)
         ranks = data.values[0][lived].reshape(lived.sum(), -1).astype(int)
         truth = np.asarray(study["prior"][name])[0][lived].reshape(len(ranks), -1)
         recovery = study["recovery"].to_dataset()[name].transpose("summary", "chain", "draw", ...)
         mean, sd = (recovery.sel(summary=what).values[0][lived].reshape(len(ranks), -1) for what in ("mean", "sd"))
-        p = p_values(ranks, num_draws)
         for element, label in enumerate(element_names(data)):
             index.append(label)
-            rank, known = ranks[:, element], truth[:, element]
+            known = truth[:, element]
             spread = known.var()
+            all_ranks.append(ranks[:, element])
             rows.append(
                 {
-                    "p_value": p[element],
-                    "p_adjusted": np.nan,
-                    **{f"coverage_{round(100 * level)}": _coverage(rank, num_draws, level) for level in COVERED},
                     "correlation": np.corrcoef(known, mean[:, element])[0, 1] if spread > 0 else np.nan,
                     "contraction": 1 - (sd[:, element] ** 2).mean() / spread
                     if spread > 0 and len(known) >= FEWEST
                     else np.nan,
-                    "finding": rank,
                 }
             )
-    table = pandas.DataFrame(rows, index=pandas.Index(index, name="quantity"))
-    table["p_adjusted"] = holm(table["p_value"].to_numpy())
+    judged = judge(np.stack(all_ranks, -1), num_draws, index)
+    recovered = pandas.DataFrame(rows, index=judged.index)
+    return pandas.concat([judged.drop(columns="finding"), recovered, judged["finding"]], axis=1)
+
+
+def judge(ranks: Int[np.ndarray, "R Q"], num_draws: int, names: Sequence[str]) -> pandas.DataFrame:
+    """Judge ranks of truths among draws, wherever they are from: several studies of one model, say, put together.
+
+    Args:
+        ranks: number of draws below the truth, 0, ..., L, of R replicates and Q quantities.
+        num_draws: L.
+        names: of the quantities.
+
+    Returns:
+        A row a quantity: ``p_value``, ``p_adjusted``, ``coverage_50``, ``coverage_90`` and ``finding``, as of
+        :func:`verdicts`.
+
+    Example:
+        >>> halves = np.tile(np.arange(5), 20)[:, None]  # the truth is never above the middle of nine draws
+        >>> judge(halves, num_draws=9, names=["wage"]).loc["wage", "finding"]
+        'posterior too high and wide'
+    """
+    import pandas
+
+    p = p_values(ranks, num_draws)
+    table = pandas.DataFrame({"p_value": p, "p_adjusted": holm(p)}, index=pandas.Index(names, name="quantity"))
+    for level in COVERED:
+        table[f"coverage_{round(100 * level)}"] = [_coverage(rank, num_draws, level) for rank in ranks.T]
     table["finding"] = [
-        _words(rank, num_draws) if p < SMALL else "uniform"
-        for rank, p in zip(table["finding"], table["p_adjusted"], strict=True)
+        _words(rank, num_draws) if adjusted < SMALL else "uniform"
+        for rank, adjusted in zip(ranks.T, table["p_adjusted"], strict=True)
     ]
     return table
 

@@ -225,6 +225,8 @@ def test_figures_mark_what_the_verdict_names(monkeypatch: pytest.MonkeyPatch, ot
             within = [y.min() - 1e-9 <= at <= y.max() + 1e-9 for y, at in zip(limits, line.get_ydata(), strict=True)]
             assert ax.get_title().endswith(" (leaves the band)") == marked == (not all(within))
             assert (line.get_color() == ORANGE) == marked
+            dots = [x for more in ax.get_lines()[2:] for x in more.get_xdata()]
+            assert dots == [x for x, inside in zip(line.get_xdata(), within, strict=True) if marked and not inside]
 
 
 # ------------------------------------------------------------------------------------------------- truths and data
@@ -256,6 +258,15 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         pirl.calibrate(factored, DATA, engine="laplace", num_replicates=2)
     with pytest.raises(ModelError, match="observes nothing"):
         pirl.calibrate(blind, DATA, engine="laplace", num_replicates=2)
+
+    def forgets(demos: pirl.Trajectories) -> None:  # obs=, so that its simulations would pass
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2))
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("walk", pirl.MaxCausalEntTrajectory(pirl.TabularMDP([[[1.0]]], [1.0], horizon=2), mu))
+
+    walks = pirl.Trajectories([[0, 0]], [[0, 0]])
+    with pytest.raises(ModelError, match="nothing of its demonstrations: give its site obs="):
+        pirl.calibrate(forgets, walks, engine="laplace", num_replicates=2)
 
     def draw_data(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
         return {"data": parameters["mu"] + 0.5**0.5 * torch.randn_like(arguments["data"])}
@@ -537,6 +548,13 @@ def test_chains_sampled_at_once_start_where_they_are_told() -> None:
     assert ((first["laplace"].mean(1).squeeze() - means).abs() < 4.5 * 2 / (4 * precision) ** 0.5).all()
     with pytest.raises(OptionError, match="starts"):
         pirl.calibrate(far, DATA, batch=2, init={"mu": torch.tensor(50.0)}, progress=False)
+
+
+def test_one_chain_a_replicate_has_no_spread_to_learn_from() -> None:
+    """Of one start torch has no standard deviation, and says so: a warning, which is an error here."""
+    sizes = {"num_chains": 1, "num_warmup": 10, "num_samples": 9, "num_draws": 9, "progress": False}
+    found = pirl.calibrate(normal, DATA, num_replicates=3, batch=3, **sizes)
+    assert np.isfinite(found["recovery"]["mu"].sel(summary="mean")).all()
 
 
 def test_models_that_mix_replicates_are_sampled_one_by_one() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +143,61 @@ def test_what_lists_and_dictionaries_hold_is_an_argument_too() -> None:
     assert same[-1] and world.table.dtype == torch.float32  # the caller's object is not touched
 
 
+def test_what_holds_itself_is_refused() -> None:
+    """It would be looked through without end; what is there twice is no such thing."""
+    endless: list[Any] = [torch.zeros(2)]
+    endless.append({"again": endless})
+    with pytest.raises(errors.OptionError, match="a list that holds itself"):
+        fit(model, endless, **TINY)
+    twice = [torch.zeros(2)]
+    fit(lambda data: pyro.sample("x", dist.Normal(0.0, 1.0)), [twice, twice], **TINY)
+
+
+def test_arguments_that_the_model_lacks_are_named() -> None:
+    recordings, world, _ = inputs()
+    for given in ((recordings, world), (recordings, world, 1, 2, 3)):
+        with pytest.raises(errors.OptionError, match=r"the model is model\(recordings.*: .*argument.*; give its"):
+            fit(model, *given, **TINY)
+
+
+WARNS = """
+import warnings
+
+import pirl, pyro, torch
+import pyro.distributions as dist
+
+def wide_and_narrow():
+    peaks = dist.Normal(torch.zeros(2), torch.tensor([0.1, 5.0]))
+    pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), peaks))
+
+def model():
+    pirl.Trajectories([], [])  # within a model
+    pyro.sample("x", dist.Normal(0.0, torch.tensor(1.0)))
+
+few = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    pirl.Trajectories([], [])  # a call
+    pirl.Trajectories.from_episodes([])  # a function further
+    pirl.fit(wide_and_narrow, resample=True, **few)  # deep in a fit
+    pirl.fit(model, **few)
+lines = open(__file__).read().splitlines()
+for warning in told:
+    assert warning.filename == __file__, warning
+    print(lines[warning.lineno - 1].partition("  # ")[2])
+"""
+
+
+def test_warnings_point_at_lines_of_the_user(tmp_path: Path) -> None:
+    """However deep within pirl, and in what it stands on; in a process of its own, where no test looks at calls."""
+    script = tmp_path / "script.py"
+    script.write_text(WARNS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    places = list(dict.fromkeys(done.stdout.splitlines()))
+    assert places == ["a call", "a function further", "deep in a fit", "within a model"], done.stderr
+
+
 def test_a_model_that_cannot_be_simulated_is_refused_before_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its demonstrations are hidden then; what would be lost is a posterior of hours."""
 
@@ -246,6 +304,13 @@ def test_everything_is_restored_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == torch.float32
     assert torch.distributions.Distribution._validate_args is True
+
+
+@pytest.mark.parametrize("device", ["meta", "vulkan", "cuda:99", "abacus"])
+def test_devices_that_cannot_be_computed_on_are_refused(device: str) -> None:
+    """Some backends that torch names are nowhere, and "meta" has shapes without numbers."""
+    with pytest.raises(errors.OptionError, match="use 'cpu'"):
+        fit(model, *inputs(), device=device, **TINY)
 
 
 def test_a_forgotten_device_is_told() -> None:

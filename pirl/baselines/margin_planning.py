@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from pirl.baselines.visits import (
     tally,
     visiting_policy,
 )
-from pirl.errors import ConvergenceWarning, InvalidPolicyError, InvalidRewardError, OptionError
+from pirl.errors import ConvergenceWarning, InvalidPolicyError, InvalidRewardError, OptionError, warn
 from pirl.mdp import TabularMDP
 from pirl.planning import optimal_policy
 from pirl.rewards import linear_reward
@@ -157,11 +156,10 @@ def maximum_margin_planning(
         # No worse than a constraint that the program has: it is the solver's own tolerance that is left.
         known = any(violation <= (float(psi @ x) + d - slack) * (1 + 1e-6) for x, d in rivals)
         if known or len(rivals) >= max_iterations:
-            warnings.warn(
+            warn(
                 f"maximum_margin_planning: a constraint is violated by {violation:.3g} after {len(rivals)} iterations, "
                 f"more than tolerance = {tolerance:g}; allow more iterations, or a larger tolerance",
                 ConvergenceWarning,
-                stacklevel=2,
             )
             break
         rivals.append((difference, rival.loss))

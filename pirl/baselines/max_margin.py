@@ -6,7 +6,6 @@ Source: P. Abbeel and A. Y. Ng, "Apprenticeship learning via inverse reinforceme
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -24,7 +23,7 @@ from pirl.baselines.visits import (
     policy_visits,
     visiting_policy,
 )
-from pirl.errors import ConvergenceError, ConvergenceWarning, InvalidPolicyError, InvalidRewardError, OptionError
+from pirl.errors import ConvergenceError, ConvergenceWarning, InvalidPolicyError, InvalidRewardError, OptionError, warn
 from pirl.mdp import TabularMDP
 from pirl.rewards import linear_reward
 from pirl.trajectories import Trajectories
@@ -150,11 +149,10 @@ def max_margin(
         if done := lowest > epsilon and distance - lowest <= epsilon:
             break
         if len(history["margin"]) >= max_iterations:
-            warnings.warn(
+            warn(
                 f"max_margin: the margin is {distance:.3g} after {max_iterations} iterations, above epsilon = "
                 f"{epsilon:g}; allow more iterations, or a larger epsilon",
                 ConvergenceWarning,
-                stacklevel=2,
             )
             break
 

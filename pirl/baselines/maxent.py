@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.baselines.objectives import Dual, Likelihood, Objective, get_objective
 from pirl.baselines.visits import feature_table
-from pirl.errors import ConvergenceWarning, OptionError
+from pirl.errors import ConvergenceWarning, OptionError, warn
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
 from pirl.rewards import linear_reward, neural_reward
@@ -138,11 +137,10 @@ def maxent(
     theta, history = search(value, reward.start, goal.count, max_iterations, tolerance)
     residual = history["residual"][-1]
     if not residual <= tolerance:
-        warnings.warn(
+        warn(
             f"maxent has not converged: residual {residual:.2g} after {len(history['residual']) - 1} iterations, above "
             f"tolerance {tolerance:.2g}; raise max_iterations, or, where weights grow without end, set l2",
             ConvergenceWarning,
-            stacklevel=2,
         )
     found = mdp.check_reward(reward.of(theta)).detach()
     kinds = _kinds(goal, network, len(theta)) if standard_errors is None else tuple(standard_errors)

@@ -124,27 +124,33 @@ def _shifted(facts: Facts, size: float) -> str:
     return worst_of([facts.latent.names[i] for i in far], off[far], ".2f") if len(far) else ""
 
 
+def _told(facts: Facts, name: str) -> tuple[str, str]:
+    """What an attribute says is wrong, as a sentence, and what it says to do."""
+    reason, _, advice = str(facts.attrs[name]).rpartition(": ")
+    return reason[0].upper() + reason[1:] + ".", advice
+
+
 def partition(facts: Facts) -> Iterator[Finding]:
     """Is log Z, where it was estimated from samples, known well enough?"""
     if "partition_trusted" not in facts.attrs:
         return
     facts.figures.append(f"log Z by {facts.number('partition_ess'):,.0f} effective samples")
     if "partition_starts" in facts.attrs:
-        reason, _, advice = str(facts.attrs["partition_starts"]).rpartition(": ")
+        what, advice = _told(facts, "partition_starts")
         yield Finding(
             "problem",
             "starts",
-            reason[0].upper() + reason[1:] + ".",
+            what,
             "rewards explain starts as well as what follows, and are wrong where nobody chose the starts",
             advice,
         )
     if int(facts.attrs["partition_trusted"]):
         return
-    reason, _, advice = str(facts.attrs["partition_problem"]).rpartition(": ")
+    what, advice = _told(facts, "partition_problem")
     yield Finding(
         "problem",
         "partition",
-        reason[0].upper() + reason[1:] + ".",
+        what,
         "the chains sampled an approximation of the posterior that may be far from it, however well they agree",
         f"{advice} (pirl.learning.bayesian_guided_cost does so: with more num_rounds or num_rollouts)",
     )

@@ -18,9 +18,9 @@ from pirl.diagnose.facts import (
     dense_mass,
     joined,
     large,
-    longer,
     longer_or_faster,
     more_accepting,
+    twice_as_long,
     weighing_modes,
     worst_of,
 )
@@ -92,11 +92,10 @@ def disagreement(facts: Facts) -> Iterator[Finding]:
     elif found.rhat[worst] > found.max_rhat:
         high = np.flatnonzero(found.rhat > found.max_rhat)
         size = np.nanmin(found.ess) if np.isfinite(found.ess).any() else np.nan
-        floor = f" (limit {found.max_rhat:.3f})" if found.nested else ""
         yield Finding(
             "problem",
             "rhat",
-            f"The chains do not agree yet{floor}: {kind} is high for "
+            f"The chains do not agree yet: {kind} is above {found.max_rhat:.{3 if found.nested else 2}f} for "
             f"{worst_of([found.names[i] for i in high], found.rhat[high], '.3f')}"
             + (f"; the draws count for as few as {size:.0f} independent ones." if np.isfinite(size) else "."),
             "means and intervals depend on which chain, or which part of it, one looks at",
@@ -141,7 +140,7 @@ def _low_chains(facts: Facts) -> Finding | None:
         f"{chain_names(which).capitalize()} {'stays' if len(which) == 1 else 'stay'} where the log density is far "
         f"lower than in chain {chains[best]}, by up to {gap:.0f}.",
         "these chains sit in a lesser mode or have not arrived, and their draws distort every mean",
-        f"{longer(facts)}; other starts (init='prior', or a dict of values); if the same places come again, "
+        f"{twice_as_long(facts)}; other starts (init='prior', or a dict of values); if the same places come again, "
         f"{weighing_modes(facts)}",
     )
 

@@ -172,19 +172,29 @@ def longer_or_faster(facts: Facts, factor: int | None = None) -> str:
     warmup = facts.number("tuning_steps")
     if factor is None and warmup >= LONG_WARMUP:
         return f"{faster(facts)}; chains warmed up for {warmup:.0f} steps, and longer ones alone may not help"
-    return f"{longer(facts, factor)}; if that does not help, {faster(facts)}"
+    longer = twice_as_long(facts) if factor is None else more_draws(facts, factor)
+    return f"{longer}; if that does not help, {faster(facts)}"
 
 
-def longer(facts: Facts, factor: int | None = None) -> str:
-    """Longer chains, or more particles, with the figures of this run times a factor; by default all of them twice."""
-    again, factor = factor is None, 2 if factor is None else factor
+def more_draws(facts: Facts, factor: int) -> str:
+    """So many times as many draws, or particles, as this run has."""
     if facts.particles:
         return f"more particles, such as num_samples={factor * facts.count} (--samples), or a larger target_ess"
+    return f"longer chains, such as num_samples={_steps(facts, factor)} (--samples)"
+
+
+def twice_as_long(facts: Facts) -> str:
+    """Chains, and their warm-up, twice as long as in this run; or more particles."""
     warmup = facts.number("tuning_steps")
-    more = f"num_samples={factor * facts.count * int(np.nan_to_num(facts.number('thin'), nan=1.0))}"
-    if again and np.isfinite(warmup):
-        more = f"num_warmup={2 * max(int(warmup), 500)} and {more}"
-    return f"longer chains, such as {more} ({'--warmup and ' * again}--samples)"
+    if facts.particles or not np.isfinite(warmup):
+        return more_draws(facts, 2)
+    sizes = f"num_warmup={2 * max(int(warmup), 500)} and num_samples={_steps(facts, 2)}"
+    return f"longer chains, such as {sizes} (--warmup and --samples)"
+
+
+def _steps(facts: Facts, factor: int) -> int:
+    """Of a chain, those that thinning leaves out included."""
+    return factor * facts.count * int(np.nan_to_num(facts.number("thin"), nan=1.0))
 
 
 def weighing_modes(facts: Facts) -> str:

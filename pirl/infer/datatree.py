@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, form
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, form, warn
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, one_thread, own_generator, reseed
 from pirl.infer.potential import NO_DENSITY, Potential, Site, Values
 
@@ -135,11 +135,10 @@ def simulate_draws(
     with own_generator():
         drawn = _stack_over_draws(simulate, latent, count, random=True, start=start)["drawn"]
     if refused:
-        warnings.warn(
+        warn(
             f"{refused} draws from the prior were drawn again, because the model has no law there (an infinite "
             f"partition function, say); {count} others make the prior groups",
             ConvergenceWarning,
-            stacklevel=2,
         )
     return drawn
 

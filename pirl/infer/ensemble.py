@@ -7,7 +7,6 @@ on the number of ranks. (Models that cannot be recorded are evaluated by all of 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import RankWarning
+from pirl.errors import RankWarning, warn
 from pirl.infer.engine import laid_out
 from pirl.infer.hmc import Metric, Phase, Transition, transition
 from pirl.infer.ranks import Ranks
@@ -62,11 +61,10 @@ class Ensemble:
         width = target.width
         blocks = [slice(start, min(start + width, num_chains)) for start in range(0, num_chains, width)]
         if len(blocks) < ranks.size and ranks.leads:
-            warnings.warn(
+            warn(
                 f"{ranks.size - len(blocks)} of {ranks.size} ranks have nothing to do: {num_chains} chains are "
                 f"{len(blocks)} blocks; set chains_per_block to {-(-num_chains // ranks.size)}",
                 RankWarning,
-                stacklevel=2,
             )
         shares = [Ranks(rank, ranks.size).share(len(blocks)) for rank in range(ranks.size)]
         self._own = [blocks[i] for i in shares[ranks.rank]]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning
+from pirl.errors import ConvergenceWarning, warn
 from pirl.infer.engine import Draws
 from pirl.infer.potential import NO_DENSITY, Potential, Values
 
@@ -72,11 +70,10 @@ def weighed(potential: Potential, vectors: Tensor, log_q: Tensor, resample: bool
     }
     stats: Values = {"lp": log_p, "log_q": log_q, "log_weight": torch.as_tensor(smooth)}
     if khat >= TRUSTED_K:
-        warnings.warn(
+        warn(
             f"the approximation may miss part of the posterior: Pareto k-hat is {khat:.2f}, above {TRUSTED_K} "
             f"(its {len(smooth)} draws count for {size:.0f}); use engine='chees' (or, with svi, a richer guide)",
             ConvergenceWarning,
-            3,
         )
     elif resample and khat < TRUSTED_K:
         # Systematic resampling: one uniform number, least variance.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 
 import pyro
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionError
+from pirl.errors import ConvergenceWarning, ModelError, NonFiniteError, OptionError, warn
 from pirl.infer.engine import Draws, own_generator, reseed
 from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential
@@ -169,7 +168,7 @@ def run(
         # Distance to the mode that is left, in posterior standard deviations.
         distance = float(torch.linalg.solve_triangular(factor, slope[:, None], upper=False).norm())
         if distance > 1e-2:
-            warnings.warn(f"the search for the mode stopped {distance:.2g} posterior sds away", ConvergenceWarning, 2)
+            warn(f"the search for the mode stopped {distance:.2g} posterior sds away", ConvergenceWarning)
         reseed(seed, num_starts)
         noise = torch.randn(num_chains * num_samples, len(mode))
         draws = mode + torch.linalg.solve_triangular(factor.mT, noise.mT, upper=True).mT

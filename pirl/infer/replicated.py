@@ -310,7 +310,6 @@ def _starts(
 ) -> tuple[Float[Tensor, "B D"], Metric]:
     """Starts where each replicate has a finite density and gradient, and how wide its posterior may be."""
     count, size = num_chains * target.replicates, target.potential.size
-    unit = torch.ones(target.replicates, size)
     if init == "laplace":
         try:
             found = [laplace_metric(potential) for potential in potentials]
@@ -334,8 +333,9 @@ def _starts(
         if not bool(bad.any()):
             if init == "laplace":
                 return start, metric
-            spread = start.reshape(num_chains, -1, size).std(0).clamp(min=1e-6)
-            return start, _Metrics(spread if init == "prior" and num_chains > 1 else unit)
+            if init == "prior" and num_chains > 1:
+                return start, _Metrics(start.reshape(num_chains, -1, size).std(0).clamp(min=1e-6))
+            return start, _Metrics(torch.ones(target.replicates, size))
         start = torch.where(bad[:, None], fresh(), start)
     raise NonFiniteError(f"{int(bad.sum())} of {count} chains find no start (init={init!r}) with a finite density")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pirl.errors import (
     InterruptedWarning,
     RankError,
     StuckChainsError,
+    warn,
 )
 from pirl.infer.checkpoint import Arrays, Checkpoint
 from pirl.infer.engine import laid_out
@@ -263,7 +263,7 @@ def _save(
     except CheckpointError as error:
         if otherwise is None:
             raise
-        warnings.warn(f"{error}; {otherwise}", CheckpointWarning, stacklevel=5)
+        warn(f"{error}; {otherwise}", CheckpointWarning)
 
 
 def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool, leads: bool) -> None:
@@ -276,7 +276,7 @@ def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool, 
     if not count:
         raise KeyboardInterrupt(f"interrupted after {step} steps, when there are no draws yet{again}")
     if leads:
-        warnings.warn(f"interrupted: returning the {count} draws of each chain so far{again}", InterruptedWarning, 5)
+        warn(f"interrupted: returning the {count} draws of each chain so far{again}", InterruptedWarning)
 
 
 def check_moves(potential: Potential, sampled: Sampled) -> None:
@@ -292,8 +292,7 @@ def check_moves(potential: Potential, sampled: Sampled) -> None:
     if bool(stuck.any()) and draws.shape[1] >= FEWEST_TO_JUDGE:
         names = stuck.nonzero()[:, 0].tolist()
         some = ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
-        warnings.warn(
+        warn(
             f"{len(names)} of {len(draws)} chains never moved after warm-up (chains {some}); their draws are one point",
             ConvergenceWarning,
-            stacklevel=3,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ConvergenceError, ConvergenceWarning, NonFiniteError, OptionError
+from pirl.errors import ConvergenceError, ConvergenceWarning, NonFiniteError, OptionError, warn
 from pirl.infer.adaptation import Covariance
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.checkpoint import Checkpoint
@@ -273,11 +272,10 @@ def run(
     combined = float(torch.logsumexp(evidence, 0) - math.log(islands))
     error = float(evidence.std() / math.sqrt(islands)) if islands > 1 else math.nan
     if error > 0.5:
-        warnings.warn(
+        warn(
             f"the log evidence differs by {float(evidence.max() - evidence.min()):.1f} between populations: raise "
             "num_samples or target_ess",
             ConvergenceWarning,
-            stacklevel=2,
         )
     shape = (num_chains, num_samples)
     stats = {name: value.reshape(shape)[:, ::thin] for name, value in sampled.last.items()}

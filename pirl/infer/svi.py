@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from pyro.infer import Trace_ELBO, autoguide
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, NonFiniteError, OptionError
+from pirl.errors import ConvergenceWarning, NonFiniteError, OptionError, warn
 from pirl.infer.engine import Draws, own_generator, reseed
 from pirl.infer.importance import weighed
 from pirl.infer.potential import Potential, Values
@@ -218,7 +217,7 @@ def run(
         with torch.no_grad():
             result = _draw(potential, variational, count, resample)
     if not converged:
-        warnings.warn(f"the ELBO still grows after {len(losses)} steps: raise max_steps", ConvergenceWarning, 2)
+        warn(f"the ELBO still grows after {len(losses)} steps: raise max_steps", ConvergenceWarning)
     result.attrs |= {
         "approximation": "svi",
         "guide": guide,

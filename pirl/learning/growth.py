@@ -9,11 +9,10 @@ kept for looking good would be biased.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pirl.errors import ConvergenceWarning, OptionError, PartitionError
+from pirl.errors import ConvergenceWarning, OptionError, PartitionError, warn
 from pirl.particles import TiltedProposal, ValuedPolicy, can_tilt, returns, tilt
 from pirl.pool import Pool
 from pirl.simulators import Policy, roll_out
@@ -74,11 +73,10 @@ class Growth:
         except Exception as error:
             if self.particles:
                 raise
-            warnings.warn(
+            warn(
                 f"particles were tried, and failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}): "
                 "roll-outs are added; particles=False does not try",
                 ConvergenceWarning,
-                stacklevel=2,
             )
             self._tries = False
             return new

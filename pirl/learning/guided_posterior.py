@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pirl.errors import ConvergenceWarning, PirlError, check_counts, counted
+from pirl.errors import ConvergenceWarning, PirlError, check_counts, counted, warn
 from pirl.fit import check_options, fit
 from pirl.infer import get_engine
 from pirl.infer.progress import progress_bar
@@ -186,7 +186,7 @@ def bayesian_guided_cost(
             found = sampled()
         except (PirlError, KeyboardInterrupt) as error:
             why = f"the rounds could not go on ({type(error).__name__}: {str(error) or 'interrupted'})"
-            warnings.warn(f"{why}: this is the posterior of before", ConvergenceWarning, stacklevel=2)
+            warn(f"{why}: this is the posterior of before", ConvergenceWarning)
             break
     for warning in told:
         message = str(warning.message).replace(
@@ -194,7 +194,7 @@ def bayesian_guided_cost(
             f"its {len(rounds)} rounds of {num_policies} policies with {num_rollouts} roll-outs did not reach it: "
             "raise num_rounds or num_rollouts",
         )
-        warnings.warn(message, warning.category, stacklevel=2)
+        warn(message, warning.category)
     return found
 
 

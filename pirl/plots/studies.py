@@ -29,7 +29,8 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
     share, with the band that holds all lines of a sound study with probability ``level``, those not drawn included.
     Where some leave it, it is as wide as the others need (Holm 1979), so that those leave it that
     :func:`pirl.verdicts` names. A line above 0 on the left and below 0 on the right is a posterior too narrow;
-    the reverse, too wide; above 0 throughout, too high; below, too low. Lines that leave their band are orange.
+    the reverse, too wide; above 0 throughout, too high; below, too low. Lines that leave their band are orange,
+    with dots where they do.
 
     Args:
         study: what :func:`pirl.calibrate` returned.
@@ -60,6 +61,9 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
         ax.fill_between(inside.grid, lower, upper, color="0.85", linewidth=0, label=f"{level:.0%} band")
         ax.axhline(0, color="0.5", linewidth=0.8)
         ax.plot(inside.grid, share - inside.grid, color=ORANGE if out else BLUE, linewidth=1.5)
+        if out:
+            there = (share < inside.lower) | (share > inside.upper)
+            ax.plot(inside.grid[there], (share - inside.grid)[there], "o", color=ORANGE, markersize=4)
         ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
         ax.set_xlabel("rank of the truth, as a share of draws")
         ax.set_ylabel("share of replicates below,\nminus expected")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, HorizonError, InvalidTrajectoriesError, PartitionError
+from pirl.errors import ConvergenceWarning, HorizonError, InvalidTrajectoriesError, PartitionError, warn
 from pirl.pool.samples import Pool
 from pirl.pool.tables import widened
 from pirl.simulators import WholeLaw, log_density
@@ -205,7 +204,7 @@ def check_starts(pool: Pool, starts: Tensor, distinct: Tensor | None = None) -> 
     )
     if total < _IMPOSSIBLE:
         raise PartitionError(told)
-    warnings.warn(told, ConvergenceWarning, stacklevel=2)
+    warn(told, ConvergenceWarning)
 
 
 def check_transitions(pool: Pool, states: Tensor, actions: Tensor) -> None:
@@ -244,12 +243,11 @@ def check_transitions(pool: Pool, states: Tensor, actions: Tensor) -> None:
     if float(log_chance[least]) + math.log(max(int((shown > 0).sum()), 1)) >= math.log(_IMPOSSIBLE):
         return
     state, action, following = move[least].tolist()
-    warnings.warn(
+    warn(
         f"{int(shown[least])} of {int(m[least])} demonstrated decisions (state {state}, action {action}) lead to "
         f"state {following}, and none of {int(n[least])} samples: the simulator may be of another world than the "
         "demonstrators'",
         ConvergenceWarning,
-        stacklevel=2,
     )
 
 

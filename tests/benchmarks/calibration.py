@@ -18,15 +18,13 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pandas
 import xarray
 
 from pirl.convergence import element_names
 from pirl.files import write_posterior
 from pirl.model_file import ModelFile
-from pirl.uniformity import holm, p_values
-from pirl.verdicts import COVERED, SMALL, _coverage, _words
+from pirl.verdicts import judge
 
 GRID = ["rows=5", "cols=5", "num_features=3", "horizon=10", "num_demos=10"]
 CASES = {
@@ -104,18 +102,16 @@ def table(folder: Path = RANKS) -> pandas.DataFrame:
         whole = pandas.concat(parts)
         found = whole.dropna(subset="ess")
         names = [name for name in found.columns if name not in ("case", "engine", "ess")]
-        ranks = found[names].to_numpy(int)
-        p = holm(p_values(ranks, NUM_DRAWS))
-        out = [f"{name}: {_words(ranks[:, k], NUM_DRAWS)}" for k, name in enumerate(names) if p[k] < SMALL]
+        judged = judge(found[names].to_numpy(int), NUM_DRAWS, names)
+        out = judged.loc[judged["finding"] != "uniform", "finding"]
         covers = {
-            f"{level:.0%} covers": " ".join(f"{_coverage(rank, NUM_DRAWS, level):.3f}" for rank in ranks.T)
-            for level in COVERED
+            f"{level}% covers": " ".join(f"{share:.3f}" for share in judged[f"coverage_{level}"]) for level in (50, 90)
         }
         rows.append(
             {
                 "case": case, "engine": engine, "replicates": len(whole), "failed": len(whole) - len(found),
-                "least p": float(np.min(p)), **covers, "5% of ESS": float(found["ess"].quantile(0.05)),
-                "leaves its band": "; ".join(out) or "-",
+                "least p": judged["p_adjusted"].min(), **covers, "5% of ESS": float(found["ess"].quantile(0.05)),
+                "leaves its band": "; ".join(f"{name}: {words}" for name, words in out.items()) or "-",
             }
         )  # fmt: skip
     return pandas.DataFrame(rows)
