@@ -163,6 +163,11 @@ def test_a_summary_that_does_not_fit_is_refused(options: dict[str, Any], message
         plot_reward_summary(**{"draws": draws(), "shape": SHAPE} | options)
 
 
+def test_one_draw_has_no_sd_to_draw() -> None:
+    with pytest.raises(OptionError, match="one draw"):
+        plot_reward_posterior(np.zeros((1, 12)), *SHAPE)
+
+
 def test_moves_are_those_of_gridworlds() -> None:
     mdp = gridworld(3, 3, slip=0.0, discount=0.9)
     table = mdp.transition.to_dense().reshape(9, 5, 9)

@@ -260,6 +260,12 @@ def test_posteriors_of_other_models_say_nothing_of_it() -> None:
     assert "identification_unknown" not in posterior.attrs
 
 
+def test_one_draw_tells_nothing_of_it(problem: Any) -> None:
+    """Nor has it a standard deviation, of which torch warns: an error here."""
+    posterior = pirl.fit(with_a_constant, *problem, False, **{**FEW, "num_chains": 1, "num_samples": 1})
+    assert posterior.attrs["identification_unknown"] == "there is one draw"
+
+
 @pytest.mark.parametrize("limit, told", [("_MOST_PARAMETERS", "3 parameters, more than 2"), ("_MOST_PAIRS", "pairs")])
 def test_what_is_not_known_of_it_is_told(
     problem: Any, limit: str, told: str, capsys: Any, monkeypatch: pytest.MonkeyPatch

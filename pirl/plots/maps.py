@@ -73,6 +73,11 @@ def plot_reward_map(
     ax.figure.colorbar(image, ax=ax, label=label, shrink=0.8)
 
 
+def _refuse_one(draws: np.ndarray) -> None:
+    if len(draws) < 2:
+        raise OptionError("there is one draw only: an sd needs two, and a posterior many")
+
+
 def plot_reward_posterior(
     rewards: Numbers, rows: int, cols: int, truth: Numbers | None = None, truth_label: str = "truth"
 ) -> Figure:
@@ -80,11 +85,15 @@ def plot_reward_posterior(
 
     The mean and the truth share their colour scale. :func:`plot_reward_summary` says more.
 
+    Raises:
+        OptionError: there is one draw.
+
     Example:
         >>> rewards = pirl.reward_draws(posterior, model, demos, mdp, features)  # [D, S, A], the same for all actions
         >>> plot_reward_posterior(rewards[..., 0], 5, 5, truth=truth).savefig("reward.png")
     """
     rewards = as_array(rewards).reshape(-1, rows * cols)
+    _refuse_one(rewards)
     mean = rewards.mean(axis=0)
     shared = mean if truth is None else np.concatenate([mean, as_array(truth).ravel()])
     limits = (float(shared.min()), float(shared.max()))
@@ -130,8 +139,7 @@ def plot_reward_summary(
     if relative_to not in ("zero", "mean"):
         raise OptionError(f"relative_to is {relative_to!r}: choose 'zero' or 'mean'")
     draws = state_draws(draws, shape, "draws")
-    if len(draws) < 2:
-        raise OptionError("there is one draw only: an sd needs two, and a posterior many")
+    _refuse_one(draws)
     wall = cell_mask(walls, shape, "walls").ravel()
 
     def shown(values: Any) -> Any:

@@ -56,7 +56,6 @@ def identified(
     names = list(draws)
     shapes = [draws[name].shape[2:] for name in names]
     flat = torch.cat([draws[name].reshape(*draws[name].shape[:2], -1) for name in names], -1)  # [chain, draw, P]
-    spread = flat.flatten(0, 1).std(0)
     known: dict[str, Identification] = {}
 
     def visible(vector: Tensor) -> Tensor:
@@ -78,6 +77,9 @@ def identified(
                 return ""
             if flat.shape[-1] > _MOST_PARAMETERS:
                 return f"there are {flat.shape[-1]:,} parameters, more than {_MOST_PARAMETERS}"
+            if flat[..., 0].numel() < 2:
+                return "there is one draw"
+            spread = flat.flatten(0, 1).std(0)
             if not bool((spread > 0).all()):
                 return "a parameter is the same in all draws"
             for name, law in laws.items():
