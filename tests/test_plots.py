@@ -87,6 +87,16 @@ def test_a_joint_plot_thins_long_chains() -> None:
     assert offsets[-1, 0] == 9_999.0
 
 
+@pytest.mark.parametrize(("first", "second"), [([1.0], [2.0]), ([1.0, 1.0], [2.0, 3.0])])
+def test_what_does_not_vary_has_no_correlation(first: list[float], second: list[float]) -> None:
+    """Of one draw, or of a point estimate, NumPy warns: an error here."""
+    ax = Figure().subplots()
+    plot_joint(ax, first, second)
+    assert ax.get_title() == ("1 draw" if len(first) == 1 else "2 draws")
+    plot_joint(ax, [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert ax.get_title() == "3 draws, correlation -1.00"
+
+
 def test_a_forest_without_reference() -> None:
     ax = Figure().subplots()
     plot_forest(ax, {"a": np.zeros(10), "b": np.ones(10)})

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from pirl.errors import OptionError
+from pirl.errors import OptionError, counted
 from pirl.plots.style import BLUE, ORANGE, new_figure
 
 if TYPE_CHECKING:
@@ -131,7 +131,9 @@ def plot_joint(
     ax.scatter(first[some], second[some], s=5, color=BLUE, alpha=0.3, linewidths=0, rasterized=True)
     if reference is not None:
         ax.plot(*reference, "D", color=ORANGE, markersize=7, markeredgecolor="white", label=label)
-    ax.set_title(f"{len(some):,} draws, correlation {np.corrcoef(first, second)[0, 1]:.2f}", fontsize="medium")
+    varies = np.ptp(first) > 0 and np.ptp(second) > 0
+    correlation = f", correlation {np.corrcoef(first, second)[0, 1]:.2f}" if varies else ""
+    ax.set_title(f"{counted(len(some), 'draw')}{correlation}", fontsize="medium")
     ax.spines[["top", "right"]].set_visible(False)
 
 
