@@ -99,12 +99,28 @@ def _compared(
     nothing = Conflict(0.0, 1.0)
     counts = returns.isfinite().all(0) & offset.isfinite()  # of others the weight is 0
     returns, offset, worth, ours = returns[:, counts], offset[counts], worth[counts], ours[counts]
-    draws, number = len(returns), of_demos.shape[-1]
-    if draws < 2 or returns.shape[-1] < 2 or not bool(of_demos.isfinite().all()):
+    if len(returns) < 2 or returns.shape[-1] < 2 or not bool(of_demos.isfinite().all()):
         return nothing
     log_weight = returns.mean(0) + offset
     weight = log_weight.softmax(-1)
     ess = float((-(2 * log_weight.log_softmax(-1) - worth).logsumexp(-1)).exp())
+    slopes, total = _directions(returns, of_demos, weight)
+    known, seen = _terms(ours, theirs, weight, int(ess / _SAMPLES_A_TERM))
+    if not known.shape[-1] or not len(slopes):
+        return nothing
+    gram = (known.mT * weight) @ known
+    fit = torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ ((known.mT * weight) @ slopes.mT)
+    return _scored((known @ fit).mT, slopes, (seen @ fit).mT, total, weight, ess)
+
+
+def _directions(
+    returns: Float[Tensor, "D J"], of_demos: Float[Tensor, "D N"], weight: Float[Tensor, " J"]
+) -> tuple[Float[Tensor, "K J"], Float[Tensor, "K N"]]:
+    """Slopes of the log-likelihood of each sample and demonstration, along directions that demonstrations tell of.
+
+    Directions are those in which returns vary over the posterior, of which the demonstrations have information 1.
+    """
+    draws, number = len(returns), of_demos.shape[-1]
     # returns = middle + coordinates @ slopes, where coordinates have covariance I over the draws
     away, away_of_demos = returns - returns.mean(0), of_demos - of_demos.mean(0)
     size, turn = torch.linalg.eigh((away * weight) @ away.mT / (draws - 1))
@@ -112,26 +128,32 @@ def _compared(
     slopes, total = turn.mT @ away, turn.mT @ away_of_demos
     centre = (slopes @ weight).unsqueeze(-1)
     slopes, total = slopes - centre, total - centre
-    # Now directions of which the demonstrations have information 1.
     size, turn = torch.linalg.eigh(number * (slopes * weight) @ slopes.mT)
     turn = (turn / size.clamp_min(1e-12).sqrt())[:, size > _LEAST_LEARNED]
-    slopes, total = turn.mT @ slopes, turn.mT @ total
-    known, seen = _terms(ours, theirs, weight, int(ess / _SAMPLES_A_TERM))
-    if not known.shape[-1] or not len(slopes):
-        return nothing
-    gram = (known.mT * weight) @ known
-    fit = torch.linalg.pinv(gram, hermitian=True, rtol=1e-9) @ ((known.mT * weight) @ slopes.mT)
-    told = (known @ fit).mT
+    return turn.mT @ slopes, turn.mT @ total
+
+
+def _scored(
+    told: Float[Tensor, "K J"],
+    slopes: Float[Tensor, "K J"],
+    told_of_demos: Float[Tensor, "K N"],
+    of_demos: Float[Tensor, "K N"],
+    weight: Float[Tensor, " J"],
+    ess: float,
+) -> Conflict:
+    """By how much the starts' part of demonstrations' slopes is not the share of them that it has of samples'."""
+    number = of_demos.shape[-1]
     share, turn = torch.linalg.eigh(number * (told * weight) @ told.mT)
     usable = (share > _SHARES[0]) & (share < _SHARES[1])
     if not bool(usable.any()):
-        return nothing
+        return Conflict(0.0, 1.0)
     turn, share = turn[:, usable], share[usable].unsqueeze(-1)
     scale = (share * (1 - share) * (1 + number / ess)).sqrt()  # the means that slopes are from are of samples
-    told, slopes = turn.mT @ told, turn.mT @ slopes
-    score = (told - share * slopes) / scale
-    of_seen = (turn.mT @ ((seen @ fit).mT) - share * (turn.mT @ total)) / scale
-    errors = float(of_seen.sum(-1).abs().amax())
+    score, score_of_demos = (
+        (turn.mT @ part - share * (turn.mT @ whole)) / scale
+        for part, whole in ((told, slopes), (told_of_demos, of_demos))
+    )
+    errors = float(score_of_demos.sum(-1).abs().amax())
     chance = min(len(score) * math.erfc(errors / math.sqrt(2)), 1.0)
     return Conflict(errors, chance if chance > _CLOSE else _simulated(score, weight, number, errors))
 
