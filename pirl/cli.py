@@ -326,10 +326,10 @@ def _short_warnings() -> Iterator[None]:
 
 def _check_device(name: str | None) -> None:
     """Before data are loaded, which may take long."""
-    from pirl.setting import check_device
+    from pirl.setting import own_device
 
     if name is not None:
-        check_device(name)
+        own_device(name)
 
 
 def _write_plot(posterior: xarray.DataTree, path: Path) -> None:

@@ -164,7 +164,7 @@ def warn(message: str, category: type[Warning]) -> None:
         'the chains do not agree yet'
     """
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BELOW:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BELOW:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

@@ -19,13 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.convergence import ess_bulk, rhat
+from pirl.distributions import TabularTrajectory
 from pirl.errors import DiscreteLatentError, ModelError, OptionError, PirlError, form
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
 from pirl.infer.potential import NO_DENSITY, Potential, Values, kind_of, own_errors
+from pirl.linear_gaussian import LinearGaussianTrajectory
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior.draws import rewards_at, trajectory_laws
+from pirl.sampled import SampledMaxEntTrajectory
 from pirl.setting import Setting, bound, leaves
 
 Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
@@ -35,6 +38,8 @@ DrawData = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
 """(latent sites, named arguments of the model, nothing observed) -> those that are data, drawn by torch's generator."""
 
 LOG_LIKELIHOOD, RETURN_GAP = "log_likelihood", "return_gap"
+
+TRAJECTORIES = (TabularTrajectory, SampledMaxEntTrajectory, LinearGaussianTrajectory)
 
 _ATTEMPTS = 100
 _TRUTHS, _ENGINES = 1000, 1001
@@ -89,7 +94,8 @@ class Study:
         seed: reproduces every replicate by its number.
 
     Raises:
-        ModelError: the model has no data to simulate, or a ``pyro.factor`` and no ``draw_data``.
+        ModelError: the model has no data to simulate, or a ``pyro.factor`` and no ``draw_data``; or it does not observe
+            its demonstrations.
         DiscreteLatentError: a discrete site is hidden.
     """
 
@@ -122,7 +128,7 @@ class Study:
 
         Raises:
             DiscreteLatentError: a discrete site is hidden, which would pass for data.
-            ModelError: there are demonstrations, and the model observes nothing: it could be simulated, not fitted.
+            ModelError: there are demonstrations, and trajectories are not observed: that simulates, and fits nothing.
         """
         arguments = list(leaves([setting.args, setting.kwargs]))
         plans = [value for value in arguments if hasattr(value, "as_tensor") and value.as_tensor() is None]
@@ -136,9 +142,11 @@ class Study:
             return
         kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
         self.observed = {name for name, kind in kinds.items() if kind == "observed"}
-        if any(hasattr(value, "as_tensor") for value in arguments) and not {"observed", "factor"} & set(kinds.values()):
-            raise ModelError("the model observes nothing of its demonstrations: give its site obs=demos.as_tensor()")
+        given = any(hasattr(value, "unobserved") for value in arguments)
         for name, kind in kinds.items():
+            hidden = kind == "latent" and not trace.nodes[name]["infer"].get("was_observed")
+            if given and hidden and isinstance(_base(trace.nodes[name]["fn"]), TRAJECTORIES):
+                raise ModelError(f"site {name!r} does not observe the demonstrations: give obs=demos.as_tensor()")
             if kind == "latent" and trace.nodes[name]["fn"].support.is_discrete and "observed" in kinds.values():
                 raise DiscreteLatentError(
                     f"latent site {name!r} is discrete: enumerate it, or use MixtureSameFamily; data need obs="

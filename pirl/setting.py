@@ -40,7 +40,7 @@ class Setting(NamedTuple):
         dtype = dtype or _first(everything, "dtype", lambda d: isinstance(d, torch.dtype) and d.is_floating_point)
         dtype = dtype or torch.float64
         device = device or _first(everything, "device", lambda d: isinstance(d, torch.device)) or "cpu"
-        device = _own_device(device)
+        device = own_device(device)
         moved = _changed((tuple(args), dict(kwargs)), lambda value: _moved(value, device, dtype, moving), {})
         return cls(moved[0], moved[1], device, dtype)
 
@@ -74,17 +74,8 @@ def _first(values: Sequence[Any], attribute: str, fits: Callable[[Any], bool]) -
     return next((value for value in found if fits(value)), None)
 
 
-def _own_device(device: torch.device | str) -> torch.device:
-    """Each process that ``torchrun`` starts on a machine has a GPU of its own."""
-    device = check_device(device)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device, which can be computed on.
+def own_device(device: torch.device | str) -> torch.device:
+    """The device, which can be computed on; each process that ``torchrun`` starts on a machine has a GPU of its own.
 
     Raises:
         OptionError: torch does not know it, or there is none here.
@@ -94,12 +85,17 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, TypeError):
         raise OptionError(f"device {device!r} is not known: use 'cpu', 'cuda' or 'cuda:0'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("there is no CUDA device here: leave out device=, or use 'cpu'")
+        raise OptionError("there is no CUDA device here: use 'cpu'")
+    shared = device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ
+    if shared:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     try:
-        torch.zeros(1, device=device).item()  # "meta" tells no numbers
-    except Exception as error:  # of whatever kind: backends that are not there raise many
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OptionError(f"device '{device}' cannot be used ({told}): leave out device=, or use 'cpu'") from None
+        torch.zeros(1, dtype=torch.uint8, device=device).item()  # "meta" tells no numbers, and "mps" has no float64
+    except Exception as error:  # of whatever kind: backends that are not there raise many, and at length
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise OptionError(f"device '{device}' cannot be used ({told}): use another, such as 'cpu'") from None
+    if shared:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -115,22 +111,26 @@ def _moved(value: Any, device: torch.device, dtype: torch.dtype, given: bool) ->
     return value
 
 
-def leaves(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
-    """What lists, tuples and dictionaries hold, and what they in turn hold.
-
-    Args:
-        within: what holds this, by identity.
+def leaves(value: Any) -> Iterator[Any]:
+    """What lists, tuples and dictionaries hold, and what they in turn hold; what several hold, once.
 
     Raises:
         OptionError: something holds itself.
     """
-    if _holds(value):
-        if id(value) in within:
+    opened = dict[int, bool]()
+
+    def of(value: Any) -> Iterator[Any]:
+        if not _holds(value):
+            yield value
+        elif opened.get(id(value)):
             raise OptionError(f"an argument is a {type(value).__name__} that holds itself: give one that ends")
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from leaves(item, (*within, id(value)))
-    else:
-        yield value
+        elif id(value) not in opened:
+            opened[id(value)] = True
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from of(item)
+            opened[id(value)] = False
+
+    return of(value)
 
 
 def _holds(value: Any) -> bool:

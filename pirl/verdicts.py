@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from pirl.convergence import element_names
-from pirl.errors import counted
+from pirl.errors import OptionError, counted, form
 from pirl.replicates import LOG_LIKELIHOOD, check_study
 from pirl.uniformity import holm, p_values
 
@@ -88,11 +88,11 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
     return pandas.concat([judged.drop(columns="finding"), recovered, judged["finding"]], axis=1)
 
 
-def judge(ranks: Int[np.ndarray, "R Q"], num_draws: int, names: Sequence[str]) -> pandas.DataFrame:
+def judge(ranks: Int[np.ndarray, "..."], num_draws: int, names: Sequence[str]) -> pandas.DataFrame:
     """Judge ranks of truths among draws, wherever they are from: several studies of one model, say, put together.
 
     Args:
-        ranks: number of draws below the truth, 0, ..., L, of R replicates and Q quantities.
+        ranks: ``[R, Q]``, number of draws below the truth, 0, ..., L, of R replicates and Q quantities.
         num_draws: L.
         names: of the quantities.
 
@@ -100,12 +100,22 @@ def judge(ranks: Int[np.ndarray, "R Q"], num_draws: int, names: Sequence[str]) -
         A row a quantity: ``p_value``, ``p_adjusted``, ``coverage_50``, ``coverage_90`` and ``finding``, as of
         :func:`verdicts`.
 
+    Raises:
+        OptionError: there are none, they are not 0, ..., L, or names are not as many as quantities.
+
     Example:
+        >>> import numpy as np
+        >>> from pirl.verdicts import judge
         >>> halves = np.tile(np.arange(5), 20)[:, None]  # the truth is never above the middle of nine draws
         >>> judge(halves, num_draws=9, names=["wage"]).loc["wage", "finding"]
-        'posterior too high and wide'
+        'posterior too high'
     """
     import pandas
+
+    if ranks.ndim != 2 or len(ranks) == 0 or ranks.shape[1] != len(names):
+        raise OptionError(f"ranks are {form(ranks)} for {counted(len(names), 'name')}: expected [replicate, quantity]")
+    if ranks.min() < 0 or ranks.max() > num_draws:
+        raise OptionError(f"ranks are {ranks.min()} to {ranks.max()}, but of {num_draws} draws 0 to {num_draws}")
 
     p = p_values(ranks, num_draws)
     table = pandas.DataFrame({"p_value": p, "p_adjusted": holm(p)}, index=pandas.Index(names, name="quantity"))

@@ -41,7 +41,7 @@ from pirl.plots.style import ORANGE
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
 from pirl.uniformity import holm, p_values
-from pirl.verdicts import _coverage, is_calibrated, print_verdicts, stays_in_bands, verdicts, words
+from pirl.verdicts import _coverage, is_calibrated, judge, print_verdicts, stays_in_bands, verdicts, words
 
 module = sys.modules["pirl.calibrate"]  # whose name the function has
 SCALE = 0.5
@@ -265,8 +265,14 @@ def test_what_cannot_be_simulated_is_refused() -> None:
             pyro.sample("walk", pirl.MaxCausalEntTrajectory(pirl.TabularMDP([[[1.0]]], [1.0], horizon=2), mu))
 
     walks = pirl.Trajectories([[0, 0]], [[0, 0]])
-    with pytest.raises(ModelError, match="nothing of its demonstrations: give its site obs="):
+    with pytest.raises(ModelError, match="'walk' does not observe the demonstrations: give obs="):
         pirl.calibrate(forgets, walks, engine="laplace", num_replicates=2)
+
+    def counts(demos: pirl.Trajectories) -> None:  # whose demonstrations are no data
+        rate = pyro.sample("rate", dist.Gamma(2.0, torch.tensor(1.0)))
+        pyro.sample("visits", dist.Poisson(rate * len(demos)))
+
+    assert "visits" in Study(counts, Setting.of((walks,), {})).draw(0).data
 
     def draw_data(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
         return {"data": parameters["mu"] + 0.5**0.5 * torch.randn_like(arguments["data"])}
@@ -421,6 +427,20 @@ def test_what_the_data_do_not_tell_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         few = study(monkeypatch, exact(blind=True), num_replicates=count)
         assert not any("the data tell little" in line for line in words(few, verdicts(few)))
         assert verdicts(few)["contraction"].isna().all() == (count < 20)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        (np.full((50, 1), 12), "ranks are 12 to 12, but of 9 draws 0 to 9"),
+        (np.zeros((0, 1), int), "for 1 name: expected"),
+        (np.zeros(50, int), "expected .replicate, quantity."),
+        (np.zeros((50, 2), int), "for 1 name: expected"),
+    ],
+)
+def test_ranks_that_are_none_are_not_judged(ranks: np.ndarray, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        judge(ranks, num_draws=9, names=["mu"])
 
 
 def test_what_is_no_study_is_refused() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pirl import errors
 from pirl.fit import fit
 from pirl.infer import get_engine
+from pirl.setting import leaves
 
 TINY: dict[str, Any] = {"num_chains": 1, "num_warmup": 30, "num_samples": 4, "num_prior": 3,
                         "num_posterior_predictive": 4, "progress": False}  # fmt: skip
@@ -174,6 +175,12 @@ def model():
     pirl.Trajectories([], [])  # within a model
     pyro.sample("x", dist.Normal(0.0, torch.tensor(1.0)))
 
+within = {"__name__": "pirl.within", "torch": torch, "warn": pirl.errors.warn}
+exec("@torch.no_grad()\\ndef told():\\n    warn('here', UserWarning)", within)
+beside = {"__name__": "pirl.beside", "told": within["told"]}
+exec("def tells():\\n    told()", beside)
+tells = beside["tells"]
+
 few = {"engine": "laplace", "num_samples": 50, "num_prior": 0, "num_posterior_predictive": 0}
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
@@ -181,6 +188,8 @@ with warnings.catch_warnings(record=True) as told:
     pirl.Trajectories.from_episodes([])  # a function further
     pirl.fit(wide_and_narrow, resample=True, **few)  # deep in a fit
     pirl.fit(model, **few)
+    tells()  # with torch in between
+    exec("tells()", {"__name__": None, "tells": tells})  # where Python itself tells nothing
 lines = open(__file__).read().splitlines()
 for warning in told:
     assert warning.filename == __file__, warning
@@ -195,7 +204,15 @@ def test_warnings_point_at_lines_of_the_user(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
     places = list(dict.fromkeys(done.stdout.splitlines()))
-    assert places == ["a call", "a function further", "deep in a fit", "within a model"], done.stderr
+    told = ["a call", "a function further", "deep in a fit", "within a model", "with torch in between"]
+    assert places == told, done.stderr
+
+
+def test_what_several_lists_hold_is_looked_at_once() -> None:
+    held: list[Any] = [1.0]
+    for _ in range(60):  # more than could be looked at one by one
+        held = [held, held]
+    assert list(leaves([held, 2.0, held])) == [1.0, 2.0]
 
 
 def test_a_model_that_cannot_be_simulated_is_refused_before_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +326,7 @@ def test_everything_is_restored_after_an_error() -> None:
 @pytest.mark.parametrize("device", ["meta", "vulkan", "cuda:99", "abacus"])
 def test_devices_that_cannot_be_computed_on_are_refused(device: str) -> None:
     """Some backends that torch names are nowhere, and "meta" has shapes without numbers."""
-    with pytest.raises(errors.OptionError, match="use 'cpu'"):
+    with pytest.raises(errors.OptionError, match=r"^[^\n]{20,160}: use .*'cpu'"):
         fit(model, *inputs(), device=device, **TINY)
 
 

@@ -87,6 +87,15 @@ def test_a_joint_plot_thins_long_chains() -> None:
     assert offsets[-1, 0] == 9_999.0
 
 
+@pytest.mark.parametrize("draws", [np.full((2, 5), 3.0), np.full((1, 1), 3.0)])
+def test_a_point_has_no_density(draws: np.ndarray) -> None:
+    """ArviZ would warn, which is an error here, and return none."""
+    ax = Figure().subplots()
+    plot_density(ax, draws, reference=4.0)
+    (line,) = [collection for collection in ax.collections if collection.get_label() == "every draw"]
+    assert line.get_segments()[0].tolist() == [[3.0, 0.0], [3.0, 1.0]] and ax.get_title() == "every draw is 3"
+
+
 @pytest.mark.parametrize(("first", "second"), [([1.0], [2.0]), ([1.0, 1.0], [2.0, 3.0])])
 def test_what_does_not_vary_has_no_correlation(first: list[float], second: list[float]) -> None:
     """Of one draw, or of a point estimate, NumPy warns: an error here."""

@@ -87,6 +87,8 @@ def plot_density(
 ) -> None:
     """Draw the density of one parameter, its median and 90% interval, and a reference value with its standard error.
 
+    Draws that are all the same, as those of a point estimate, are a line.
+
     Example:
         >>> import matplotlib.pyplot as plt
         >>> plot_density(plt.subplots()[1], posterior.posterior["weights"].values[..., 0], reference=2.0, label="truth")
@@ -95,11 +97,17 @@ def plot_density(
 
     draws = np.asarray(draws).ravel()
     low, median, high = np.quantile(draws, [0.05, 0.5, 0.95])
-    place, density, _ = array_stats.kde(draws)
-    ax.plot(place, density, color=BLUE, label="posterior density")
-    ax.fill_between(place, density, where=(place >= low) & (place <= high), color=BLUE, alpha=0.2, label="90% interval")
-    ax.vlines(median, 0, np.interp(median, place, density), color=BLUE, linestyle=":", label="median")
-    ax.set_title(f"median {median:.3g}, 90% from {low:.3g} to {high:.3g}", fontsize="medium")
+    if np.ptp(draws) > 0:
+        place, density, _ = array_stats.kde(draws)
+        ax.plot(place, density, color=BLUE, label="posterior density")
+        inside = (place >= low) & (place <= high)
+        ax.fill_between(place, density, where=inside, color=BLUE, alpha=0.2, label="90% interval")
+        ax.vlines(median, 0, np.interp(median, place, density), color=BLUE, linestyle=":", label="median")
+        ax.set_title(f"median {median:.3g}, 90% from {low:.3g} to {high:.3g}", fontsize="medium")
+    else:  # a point estimate, which has no density
+        density = np.ones(1)
+        ax.vlines(median, 0, 1, color=BLUE, label="every draw")
+        ax.set_title(f"every draw is {median:.3g}", fontsize="medium")
     if reference is not None:
         name = label if error is None else f"{label} $\\pm$ standard error"
         # Below the curve, so that it hides nothing; the axis reaches down for it.

@@ -24,7 +24,7 @@ import xarray
 from pirl.convergence import element_names
 from pirl.files import write_posterior
 from pirl.model_file import ModelFile
-from pirl.verdicts import judge
+from pirl.verdicts import COVERED, judge
 
 GRID = ["rows=5", "cols=5", "num_features=3", "horizon=10", "num_demos=10"]
 CASES = {
@@ -105,7 +105,8 @@ def table(folder: Path = RANKS) -> pandas.DataFrame:
         judged = judge(found[names].to_numpy(int), NUM_DRAWS, names)
         out = judged.loc[judged["finding"] != "uniform", "finding"]
         covers = {
-            f"{level}% covers": " ".join(f"{share:.3f}" for share in judged[f"coverage_{level}"]) for level in (50, 90)
+            f"{level:.0%} covers": " ".join(f"{share:.3f}" for share in judged[f"coverage_{round(100 * level)}"])
+            for level in COVERED
         }
         rows.append(
             {
