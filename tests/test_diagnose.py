@@ -180,6 +180,18 @@ def a_shift(groups: Groups, attrs: dict[str, Any]) -> None:
     groups["prior"]["weights"][..., 1] = groups["prior"]["weights"][..., 1] / 10 + 4
 
 
+@pytest.mark.parametrize("defect", [displaced, divergent_anywhere, slow_energy])
+def test_of_scales_is_spoken_where_numbers_are_positive(defect: Defect) -> None:
+    groups, attrs = healthy(), dict(NUTS)
+    defect(groups, attrs)
+    (found,) = diagnose(tree(groups, attrs))
+    assert "non-centred" in found.advice
+    groups["posterior"]["tau"] = np.log(groups["posterior"]["tau"])
+    (without,) = diagnose(tree(groups, attrs))
+    assert without.kind == found.kind and "non-centred" not in without.advice
+    assert without.advice == without.advice.strip(" ,;") and ", , " not in without.advice
+
+
 @pytest.mark.parametrize(
     ("defect", "kind", "words"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pirl.diagnose.facts import FEW_PARTICLES, NON_CENTRED, Facts, Finding, worst_of
+from pirl.diagnose.facts import FEW_PARTICLES, Facts, Finding, non_centred, worst_of
 from pirl.infer.importance import FEWEST, TRUSTED_K
 
 FEWEST_IMPORTANT, MAX_EVIDENCE_ERROR = 100, 0.5
@@ -50,7 +50,7 @@ def approximation(facts: Facts) -> Iterator[Finding]:
                 f"The approximation ({name}) misses part of the posterior: Pareto k-hat {k:.2f}, above {TRUSTED_K}; "
                 f"its {count:,} draws count for {size:.0f}.",
                 "standard deviations and intervals are likely too narrow",
-                f"{exact}; {richer}; {NON_CENTRED}",
+                "; ".join(filter(None, [exact, richer, non_centred(facts)])),
             )
         elif size < FEWEST_IMPORTANT and count >= FEWEST_IMPORTANT:
             yield Finding(

@@ -14,12 +14,14 @@ from pirl.diagnose.facts import (
     NON_CENTRED,
     Facts,
     Finding,
+    alternatives,
     chain_names,
     dense_mass,
     joined,
     large,
     longer_or_faster,
     more_accepting,
+    non_centred,
     twice_as_long,
     weighing_modes,
     worst_of,
@@ -203,15 +205,15 @@ def divergences(facts: Facts) -> Iterator[Finding]:
     if count == 0:
         return
     where, narrow = _concentrated(facts, diverging.astype(bool))
-    hints = [hint for hint in (more_accepting(facts), NON_CENTRED, "a tighter prior") if hint]
+    hints = [more_accepting(facts), non_centred(facts), "a tighter prior"]
     if narrow:
-        hints = [NON_CENTRED, *(hint for hint in hints if hint != NON_CENTRED)]
+        hints = [NON_CENTRED, more_accepting(facts), "a tighter prior"]
     yield Finding(
         "problem",
         "divergences",
         f"{count:,} of {diverging.size:,} transitions diverged ({count / diverging.size:.2g} of all){where}.",
         "the sampler could not follow the posterior there, so that region is visited too little and estimates are off",
-        ", or ".join([", ".join(hints[:-1]), hints[-1]]),
+        alternatives(*hints),
     )
 
 
@@ -265,7 +267,7 @@ def energies(facts: Facts) -> Iterator[Finding]:
             "energy",
             f"The energy of {chain_names(low)} changes too slowly: E-BFMI {np.nanmin(bfmi):.2f}, below {MIN_BFMI}.",
             "the sampler moves too little between the middle of the posterior and its tails",
-            f"{NON_CENTRED}, priors with lighter tails (Normal for Cauchy), or more warm-up",
+            alternatives(non_centred(facts), "priors with lighter tails (Normal for Cauchy)", "more warm-up"),
         )
 
 
@@ -302,5 +304,5 @@ def run(facts: Facts) -> Iterator[Finding]:
                 "trajectories",
                 f"{share:.0%} of the trajectories {words} {most:.0f} ({limit}).",
                 "the draws are right, but each costs much and they depend on each other more than they need to",
-                f"{dense_mass(facts)}features of similar size, or {advice}",
+                alternatives(dense_mass(facts), "features of similar size", advice),
             )

@@ -214,13 +214,25 @@ def more_accepting(facts: Facts) -> str:
 NON_CENTRED = "the non-centred form for scales (sample z from a standard normal and compute w = mu + tau * z)"
 
 
+def non_centred(facts: Facts) -> str:
+    """The other form of scales, where there may be any: numbers that are positive in all draws."""
+    draws = facts.latent.draws
+    return NON_CENTRED if bool((draws > 0).all((0, 1)).any()) else ""
+
+
 def faster(facts: Facts) -> str:
     """What lets chains move more freely."""
-    return f"{dense_mass(facts)}features of similar size, or {NON_CENTRED}"
+    return alternatives(dense_mass(facts), "features of similar size", non_centred(facts))
+
+
+def alternatives(*ways: str) -> str:
+    """Join those that there are: "a, b, or c"."""
+    there = [way for way in ways if way]
+    return ", or ".join(filter(None, [", ".join(there[:-1]), there[-1]]))
 
 
 def dense_mass(facts: Facts) -> str:
     """The engine's option for correlated parameters, unless it was used."""
     attrs = facts.attrs
     used = attrs.get("engine", "") not in ("nuts", "chees") or str(attrs.get("dense_mass")) == "True"
-    return "" if used else "dense_mass=True for correlated parameters, "
+    return "" if used else "dense_mass=True for correlated parameters"
