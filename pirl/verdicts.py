@@ -116,7 +116,6 @@ def judge(ranks: Int[np.ndarray, "..."], num_draws: int, names: Sequence[str]) -
         raise OptionError(f"ranks are {form(ranks)} for {counted(len(names), 'name')}: expected [replicate, quantity]")
     if ranks.min() < 0 or ranks.max() > num_draws:
         raise OptionError(f"ranks are {ranks.min()} to {ranks.max()}, but of {num_draws} draws 0 to {num_draws}")
-
     p = p_values(ranks, num_draws)
     table = pandas.DataFrame({"p_value": p, "p_adjusted": holm(p)}, index=pandas.Index(names, name="quantity"))
     for level in COVERED:
