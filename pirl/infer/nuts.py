@@ -14,11 +14,12 @@ from torch import Tensor
 from pirl.errors import OptionError, check_counts
 from pirl.infer.checkpoint import Checkpoint
 from pirl.infer.engine import START_STREAM, Draws, own_generator, reseed
+from pirl.infer.hmc import Metric
 from pirl.infer.potential import Potential, Values
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.recorded import recorded
 from pirl.infer.sampling import Sampler, Stats, check_moves, sample
-from pirl.infer.start import find_start, guarded
+from pirl.infer.start import NAMED_STARTS, check_init, find_start, guarded, laplace_metric
 
 __all__ = ["run"]
 
@@ -39,6 +40,18 @@ class _Kernel(NUTS):
         # With multinomial sampling a leaf weighs exp(energy before - energy of the leaf).
         self.leaves.append((leaf.z_proposal, self.energy_before - float(leaf.weight), float(leaf.sum_accept_probs)))
         return leaf
+
+    def begin_with(self, spread: Metric, potential: Potential) -> None:
+        """Take a first guess of the covariance, of the correlations too that the mass matrix can hold."""
+        covariance = spread.unwhiten(spread.unwhiten(torch.eye(potential.size)).mT)
+        place = potential.unflatten(torch.arange(potential.size))
+        inverses = self.mass_matrix_adapter.inverse_mass_matrix
+        for names, inverse in inverses.items():
+            rows = torch.cat([place[name].reshape(-1) for name in names])
+            block = covariance[rows][:, rows]
+            inverses[names] = (block if inverse.dim() == 2 else block.diagonal()).to(inverse)
+        self.mass_matrix_adapter.inverse_mass_matrix = inverses
+        self._adapter.reset_step_size_adaptation(self.initial_params)
 
     def statistics(self, step_size: float) -> dict[str, float]:
         """Describe the last transition, which was made with ``step_size``."""
@@ -112,11 +125,15 @@ class Nuts(Sampler):
         self.potential, self.seed, self.ranks = potential, seed, ranks
         self._counts = [len(Ranks(rank, ranks.size).share(num_chains)) for rank in range(ranks.size)]
         self.kernels: dict[int, _Kernel] = {}
+        reseed(seed, 0)
+        around = laplace_metric(potential) if init == "laplace" else None
         for chain in ranks.share(num_chains):
             reseed(seed, chain)
             kernel = self.kernels[chain] = _Kernel(potential_fn=energy, **options)
-            kernel.initial_params = find_start(potential, init)
+            kernel.initial_params = find_start(potential, init, around)
             kernel.setup(num_warmup)
+            if around:
+                kernel.begin_with(around[1], potential)
 
     def advance(self, step: int) -> tuple[Tensor, Stats]:
         """One transition of each chain, one after the other; those of other ranks are gathered."""
@@ -172,7 +189,8 @@ def run(
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
         max_tree_depth: at most 2^depth - 1 leapfrog steps a transition.
         dense_mass: learn correlations too: of all sites, or within each tuple of site names.
-        init: where chains start, see :func:`pirl.infer.start.find_start`.
+        init: where chains start, see :func:`pirl.infer.start.find_starts`; with "laplace" the mass matrix starts as the
+            covariance of the Laplace approximation, so that a short warm-up will do.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
 
     Raises:
@@ -191,10 +209,12 @@ def run(
     if num_chains < ranks.size:
         raise OptionError(f"num_chains is {num_chains}, fewer than the {ranks.size} ranks that share them: start fewer")
     check_counts(1, max_tree_depth=max_tree_depth)
+    check_init(init, NAMED_STARTS)
     options = {"target_accept_prob": target_accept_prob, "max_tree_depth": max_tree_depth, "full_mass": dense_mass}
     with own_generator(), pyro.validation_enabled(False):
         reseed(seed, 0)
-        replay = recorded(potential, find_start(potential, init), find_start(potential, init)) if record else None
+        probe = "uniform" if init == "laplace" else init
+        replay = recorded(potential, find_start(potential, probe), find_start(potential, probe)) if record else None
         energy = guarded(replay or potential)
         sampler = Nuts(
             potential, energy, num_chains=num_chains, num_warmup=num_warmup, seed=seed, init=init, ranks=ranks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from pirl.infer.potential import NO_DENSITY, Potential, Values
 __all__ = ["find_start", "find_starts"]
 
 START_ATTEMPTS = 100
+
+NAMED_STARTS = ("prior", "uniform", "laplace")
+"""Starts of chains; those of one point need no mode first."""
+
+DISPERSION = 2.0
+"""How many times wider than the Laplace approximation the starts around a mode are."""
 
 
 def guarded(potential: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]:
@@ -32,12 +38,22 @@ def guarded(potential: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]
     return energy
 
 
-def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values:
+def check_init(init: str | Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Refuse the name of a start that is none of ``names``."""
+    if isinstance(init, str) and init not in names:
+        known = ", ".join(map(repr, names))
+        raise OptionError(f"init={init!r} is not known: use {known}, or a dict of values of all latent sites")
+
+
+def find_start(
+    potential: Potential, init: str | Mapping[str, Tensor], around: tuple[Tensor, Metric] | None = None
+) -> Values:
     """Find a point of unconstrained space whose log density and gradient are finite.
 
     Args:
         init: "uniform" (each coordinate uniform on (-2, 2)), "prior" (a draw from the prior), or values of all latent
-            sites, in the constrained space, to start at.
+            sites, in the constrained space, to start at; with ``around``, "laplace" too (see :func:`find_starts`).
+        around: the mode and the width of the Laplace approximation, of :func:`laplace_metric`.
 
     Raises:
         NonFiniteError: there is none among 100 candidates; names the site.
@@ -47,10 +63,7 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
         >>> find_start(potential, {"x": torch.tensor(1.0)})  # unconstrained: the logarithm
         {'x': tensor(0.)}
     """
-    if isinstance(init, str) and init not in ("uniform", "prior"):
-        raise OptionError(
-            f"init={init!r} is not known: use 'uniform', 'prior', or a dict of values of all latent sites"
-        )
+    check_init(init, ("uniform", "prior", *(["laplace"] if around else [])))
     energy = guarded(potential)
     for _ in range(START_ATTEMPTS if isinstance(init, str) else 1):
         if not isinstance(init, str):
@@ -63,6 +76,9 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
                 raise NonFiniteError(f"the model has no density at the start that init gives: {error}") from error
         elif init == "prior":
             z = potential.prior_draw()
+        elif init == "laplace" and around:
+            mode, spread = around
+            z = potential.unflatten((mode + DISPERSION * spread.unwhiten(torch.randn_like(mode)[None]))[0])
         else:
             z = {name: torch.empty(s.unconstrained_shape).uniform_(-2.0, 2.0) for name, s in potential.latent.items()}
         leaves = {name: value.detach().clone().requires_grad_() for name, value in z.items()}
@@ -75,10 +91,6 @@ def find_start(potential: Potential, init: str | Mapping[str, Tensor]) -> Values
         f"no start among {START_ATTEMPTS if isinstance(init, str) else 1} has a finite log density and gradient: "
         f"{potential.culprit(z)}"
     )
-
-
-DISPERSION = 2.0
-"""How many times wider than the Laplace approximation the starts around a mode are."""
 
 
 def find_starts(
@@ -109,11 +121,8 @@ def find_starts(
     if not isinstance(init, str):
         starts = _given(potential, init, count)
         attempts = 1
-    elif init not in ("prior", "uniform", "laplace"):
-        raise OptionError(
-            f"init={init!r} is not known: use 'prior', 'uniform', 'laplace', or a dict of values of all latent sites"
-        )
     else:
+        check_init(init, NAMED_STARTS)
         attempts = START_ATTEMPTS
         if init == "laplace":
             mode, spread = laplace_metric(potential)

@@ -51,6 +51,7 @@ SIZES: dict[str, dict[str, int]] = {
 OF_CASE = {
     # Truths are drawn from wide bounds: chains from there are long on their way to a posterior of a hundredth of them.
     ("bus", "chees"): {"init": "laplace", "num_warmup": 60},
+    ("bus", "nuts"): {"init": "laplace", "num_warmup": 80, "num_samples": 200},
 }
 
 
