@@ -115,7 +115,7 @@ def calibrate(
             are sampled one by one. Those that are sampled at once share the number of leapfrog steps, so that their
             draws depend on which others are sampled with them.
         device, dtype: move the arguments there first.
-        progress: show how far it is, in terminals and notebooks only.
+        progress: show how far it is in terminals and notebooks; elsewhere write a line a minute to standard error.
         checkpoint: a file that replicates are saved to as they are done, every half a minute, on Ctrl-C and on SIGTERM;
             the same call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch

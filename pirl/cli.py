@@ -97,6 +97,7 @@ def fit_module(path: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- commands
 
 PosteriorPath = Annotated[Path, typer.Argument(metavar="POSTERIOR.nc", help="A file that `pirl fit --out` wrote.")]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Say how far it is; in a log, every minute.")]
 
 
 @app.command("fit")
@@ -117,7 +118,7 @@ def fit_command(
         Path | None,
         typer.Option(metavar="RUN.ckpt", help="Where to save the run; the same command goes on from there."),
     ] = None,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Infer the posterior of a model file, print its summary, and keep it.
 
@@ -201,7 +202,7 @@ def compare_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="TABLE.csv", help="Where to write the table; or .tex.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="TABLE.png", help="Where to draw it.")] = None,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Compare the posterior of a model file with point estimates and cloning, on episodes that are held out."""
     from pirl.compare import against_point_estimates, print_comparison, to_latex
@@ -257,7 +258,7 @@ def calibrate_command(
         Path | None,
         typer.Option(metavar="STUDY.ckpt", help="Where to save replicates; the same command goes on from there."),
     ] = None,
-    progress: Annotated[bool, typer.Option("--progress/--no-progress", help="Draw a bar on a terminal.")] = True,
+    progress: Progress = True,
 ) -> None:
     """Check by simulation that the posteriors of a model file are what they claim to be.
 

@@ -81,7 +81,7 @@ def fit(
         thin: keep every thin-th draw; the draws of an approximation are independent, so ask for fewer of those.
         seed: reproduces every number exactly on the same machine.
         device, dtype: move the arguments there first. Tensors that a model closes over stay where they are.
-        progress: show how the run goes, in terminals and notebooks only.
+        progress: show how the run goes in terminals and notebooks; elsewhere write a line a minute to standard error.
         checkpoint: a file that the run saves itself to, every half a minute and when it is interrupted; the same call
             then goes on from there and gives the same draws, bit by bit. With more ``num_samples`` it draws on.
         log_likelihood: keep the log-likelihood of each observation (for LOO), which may be the largest part.

@@ -1,7 +1,8 @@
-"""The live view: one line on a terminal or in a notebook, nothing elsewhere, at hardly any cost."""
+"""The live view: one line on a terminal or in a notebook, a line a minute elsewhere, at hardly any cost."""
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import os
@@ -178,18 +179,50 @@ def test_a_resumed_run_counts_time_from_where_it_went_on(clock: Clock) -> None:
     assert "1:30 left" in terminal.lines()[-1]
 
 
-def test_nothing_is_shown_where_nobody_looks(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
-    for shown in (True, False):
+def test_a_log_gets_a_line_a_minute(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
+    with LiveView("nuts", 100, True) as view:
+        for step in range(1, 101):
+            assert view.due == (step % 30 == 1)  # the first is the pace that the second is told from
+            view.update(step, warmup=step < 50, draws=lambda: None)
+            clock.now += 2
+    out, told = capfd.readouterr()
+    assert out == ""
+    assert told.splitlines() == [
+        "pirl: nuts warm-up  31/100  2:18 left",
+        "pirl: nuts sampling  61/100  1:18 left",
+        "pirl: nuts sampling  91/100  0:18 left",
+        "pirl: nuts sampling  100/100  3:18",
+    ]
+
+
+def test_a_log_gets_nothing_of_short_runs_and_where_nothing_is_wanted(
+    capfd: pytest.CaptureFixture[str], clock: Clock
+) -> None:
+    for shown, pause in ((True, 5), (False, 50)):
         with LiveView("nuts", 10, shown) as view:
-            for step in range(10):
-                clock.now += 1
-                assert not view.due
+            for step in range(1, 11):
+                clock.now += pause
                 view.update(step, warmup=False, draws=lambda: pytest.fail("not looked at"))
     assert capfd.readouterr() == ("", "")
     terminal = Terminal()
     with LiveView("nuts", 10, False, console=terminal.console) as view:
         view.update(10, warmup=False)
     assert terminal.stream.getvalue() == ""
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Full(), closed, None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with LiveView("nuts", 10, True) as view:
+            for step in range(1, 11):
+                clock.now += 61
+                view.update(step, warmup=False)
 
 
 def test_an_error_leaves_the_terminal_in_order(clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""The live view of a run: one line, on a terminal or in a notebook, that says how far it is and how it goes."""
+"""The live view of a run: one line, on a terminal, in a notebook or in a log, of how far it is and how it goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ from pirl.convergence import FEWEST_DRAWS, ess_bulk
 if TYPE_CHECKING:
     from rich.console import Console
 
-INTERVAL = 0.25
-"""Seconds between two updates."""
+INTERVAL, LOG_INTERVAL = 0.25, 60.0
+"""Seconds between two updates of a line, and between two lines of a log."""
 
 ESS_INTERVAL, ESS_SHARE = 2.0, 0.02
 """Seconds between two estimates of the effective sample size, and the share of the run's time that they may take."""
@@ -27,7 +27,9 @@ MOST_PARAMETERS, MOST_DRAWS = 50, 20_000
 
 
 class LiveView:
-    """Show the state of a run while it lasts; nothing where nobody looks (neither a terminal nor a notebook).
+    """Show the state of a run while it lasts: one line that changes, on a terminal or in a notebook.
+
+    Elsewhere standard error is somebody's log, of a batch job say: a line a minute, and none of shorter runs.
 
     Args:
         label: what runs, the name of an engine.
@@ -43,10 +45,10 @@ class LiveView:
     def __init__(self, label: str, total: int, shown: bool, *, console: Console | None = None) -> None:
         self.label, self.total, self.shown = label, total, shown
         self._console = console
-        self._display: _Terminal | _Notebook | None = None
+        self._display: _Terminal | _Notebook | _Log | None = None
         self._next = 0.0
         self._ess = _Ess()
-        self._pace: deque[tuple[float, int]] = deque(maxlen=60)  # the last quarter of a minute
+        self._pace: deque[tuple[float, int]] = deque(maxlen=60)  # the last quarter of a minute; of a log, hour
 
     def __enter__(self) -> LiveView:
         """Open the display, if there is one."""
@@ -91,10 +93,14 @@ class LiveView:
         """
         if self._display is None:
             return
-        now = time.monotonic()
-        if now < self._next and done < self.total:
+        now, first = time.monotonic(), not self._pace
+        told = len(self._pace) > self._display.patience
+        if now < self._next and not (done >= self.total and told):
             return
         self._pace.append((now, done))
+        self._next = now + self._display.interval
+        if first and self._display.patience:
+            return
         if draws is not None and not warmup:
             self._ess.refresh(draws, now - self._began)
         phase = {True: "warm-up", False: "sampling", None: ""}[warmup]
@@ -107,7 +113,7 @@ class LiveView:
         ]
         words = [f"{self.label} {phase}".strip(), f"{done:,}/{self.total:,}", self._time_left(), *filter(None, facts)]
         self._display.show("  ".join(words), done / max(self.total, 1))
-        self._next = time.monotonic() + INTERVAL
+        self._next = time.monotonic() + self._display.interval
 
     def _time_left(self) -> str:
         """At the pace of the last seconds, hours:minutes:seconds."""
@@ -170,19 +176,15 @@ class _Ess:
 # ------------------------------------------------------------------------------------------------------------- displays
 
 
-def _open(console: Console | None) -> _Terminal | _Notebook | None:
-    if console is None and _in_notebook():
+def _open(console: Console | None) -> _Terminal | _Notebook | _Log | None:
+    if console is not None:
+        return _Terminal(console)
+    if _in_notebook():
         return _Notebook()
-    if console is None and not _is_terminal():
-        return None
-    return _Terminal(console)
-
-
-def _is_terminal() -> bool:
     try:
-        return sys.stderr.isatty()
+        return _Terminal(None) if sys.stderr.isatty() else _Log()
     except (AttributeError, ValueError):  # there is none, or it is closed
-        return False
+        return None
 
 
 def _in_notebook() -> bool:
@@ -194,6 +196,8 @@ def _in_notebook() -> bool:
 
 class _Terminal:
     """A line, drawn over itself, behind a bar if there is room; gone at the end."""
+
+    interval, patience = INTERVAL, 0
 
     def __init__(self, console: Console | None) -> None:
         from rich.console import Console
@@ -226,8 +230,25 @@ class _Terminal:
         self.live.stop()
 
 
+class _Log:
+    """Line after line, none of them in the first minute."""
+
+    interval, patience = LOG_INTERVAL, 1
+    """Seconds between lines, and how many updates go by in silence."""
+
+    def show(self, line: str, share: float) -> None:
+        """Write the line; a log that cannot be written to is no reason to end the run."""
+        with suppress(OSError, ValueError):
+            print(f"pirl: {line}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """What is written stays."""
+
+
 class _Notebook:
     """One line of output, replaced in place. (Rich would need ipywidgets for that.)"""
+
+    interval, patience = INTERVAL, 0
 
     def __init__(self) -> None:
         self.handle: Any = None
