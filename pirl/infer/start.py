@@ -53,7 +53,7 @@ def find_start(
     Args:
         init: "uniform" (each coordinate uniform on (-2, 2)), "prior" (a draw from the prior), or values of all latent
             sites, in the constrained space, to start at; with ``around``, "laplace" too (see :func:`find_starts`).
-        around: the mode and the width of the Laplace approximation, of :func:`laplace_metric`.
+        around: the mode and the width of the Laplace approximation, as ``laplace_metric`` finds them.
 
     Raises:
         NonFiniteError: there is none among 100 candidates; names the site.

@@ -1,0 +1,214 @@
+"""What the replicates of a study found, a row of numbers each: made, saved, shared by processes, and laid out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from pirl.errors import CheckpointError, CheckpointWarning, InterruptedWarning, ModelError, OptionError, PirlError, warn
+from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
+from pirl.infer.datatree import Named
+from pirl.infer.progress import progress_bar
+from pirl.infer.ranks import Ranks
+from pirl.replicates import QUANTILES, Comparison, Study
+
+__all__ = ["COLUMNS", "Rows", "groups_of"]
+
+COLUMNS = 4 + len(QUANTILES)
+"""Numbers that are kept of each element of a quantity: rank, truth, mean, sd, quantiles."""
+
+
+class Rows:
+    """What replicates found, a row of numbers each: this process's own, and those of all at the end.
+
+    Args:
+        batch: replicates that are sampled at once; where that fails, one by one, unless it ``must`` be.
+    """
+
+    def __init__(self, study: Study, num_replicates: int, ranks: Ranks, batch: int, must: bool) -> None:
+        self.study, self.num_replicates, self.ranks, self.batch, self.must = study, num_replicates, ranks, batch, must
+        # Every so-many-th, so that a study of more replicates has the same first ones.
+        self.numbers = range(ranks.rank, num_replicates, ranks.size)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.done: list[np.ndarray] = []
+        self.spare: list[np.ndarray] = []
+        """What a file has of a study of more replicates, which it keeps."""
+        self.reasons: dict[int, str] = {}
+        self.together = self.apart = False
+        """Whether some were sampled at once, and some one by one."""
+        self.unsaved = False
+
+    def fill(
+        self,
+        one: Callable[[int], Comparison],
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
+        path: str | os.PathLike[str] | None,
+        identity: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        """Make the replicates that are missing, saving them on the way."""
+        checkpoint = self._open(path, {**identity, "batch": self.batch})
+        bar = progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads)
+        with bar as update, _leaving_in_order(checkpoint is not None):
+            try:
+                while missing := self.numbers[len(self.done) :][: self.batch]:
+                    shown = lambda share: update(len(self.done) + share * len(missing), "")  # noqa: E731
+                    if len(missing) == 1 or not self._add_all(many, missing, shown):
+                        self.batch = 1  # those that follow go the same way
+                        self._add(one, missing[0])
+                    update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
+                    self._save(checkpoint)
+            except KeyboardInterrupt:
+                if not self.done:
+                    raise KeyboardInterrupt("interrupted before the first replicates were done") from None
+                again = f"; the same call goes on from {path}" if checkpoint else ""
+                warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
+            finally:
+                self._save(checkpoint, now=True)
+
+    def _save(self, checkpoint: Checkpoint | None, now: bool = False) -> None:
+        if checkpoint is None or not self.unsaved or not (now or checkpoint.due):
+            return
+        try:
+            checkpoint.save(self._arrays())
+            self.unsaved = False
+        except CheckpointError as error:  # what was made is worth more than the file
+            warn(f"{error}; the study goes on", CheckpointWarning)
+
+    def _add_all(
+        self,
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
+        numbers: Sequence[int],
+        shown: Callable[[float], None],
+    ) -> bool:
+        """Make replicates at once; False where that cannot be done."""
+        try:
+            results = many(numbers, shown)
+        except ModelError:
+            if self.must and not self.done:
+                raise
+            return False
+        for found in results:
+            self._keep(found)
+        self.together = True
+        return True
+
+    def _add(self, one: Callable[[int], Comparison], number: int) -> None:
+        self.apart = True
+        try:
+            self._keep(one(number))
+        except PirlError as error:
+            if not self.done:  # as the others will
+                raise
+            self.reasons[number] = str(error)
+            self._append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
+
+    def _append(self, row: np.ndarray) -> None:
+        self.done.append(row)
+        self.spare = self.spare[1:]
+        self.unsaved = True
+
+    def _keep(self, found: Comparison) -> None:
+        shapes = {name: x.truth.shape for name, x in found.quantities.items()}
+        if not self.done:
+            self.shapes = shapes
+        if shapes != self.shapes:
+            name = next(iter({**self.shapes, **shapes}.items() - self.shapes.items()), (next(iter(shapes)), ()))[0]
+            raise OptionError(f"quantity {name!r} has shape {shapes.get(name)} for one data set and another for others")
+        columns = [column.reshape(-1).astype(float) for x in found.quantities.values() for column in x]
+        self._append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
+
+    def _open(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> Checkpoint | None:
+        if path is None:
+            return None
+        own = os.fspath(path) + (f".{self.ranks.rank}" if self.ranks.size > 1 else "")
+        potential = self.study.potential(self.study.draw(0))
+        checkpoint = open_checkpoint(own, potential, {**identity, "processes": self.ranks.size})
+        if (arrays := checkpoint.load()) is not None:
+            told = json.loads(arrays["layout"].item())
+            self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
+            self.batch = min(self.batch, told["batch"])
+            self.together, self.apart = told["together"], told["apart"]
+            saved = len(arrays["rows"])
+            # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
+            kept = len(self.numbers) if saved >= len(self.numbers) else saved // self.batch * self.batch
+            self.done, self.spare = list(arrays["rows"][:kept]), list(arrays["rows"][kept:])
+            self.reasons = {int(number): reason for number, reason in told["reasons"].items()}
+        return checkpoint
+
+    def _arrays(self) -> Arrays:
+        ways = {"batch": self.batch, "together": self.together, "apart": self.apart}
+        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, **ways})
+        rows = np.stack([*self.done, *self.spare])
+        return {"step": np.array(len(rows)), "rows": rows, "layout": np.array(layout)}
+
+    def gathered(self) -> Float[np.ndarray, "R width"]:
+        """The rows of all processes, in the order of the replicates."""
+        whole = len(range(0, self.num_replicates, self.ranks.size))
+        own = torch.full((whole, len(self.done[0])), torch.nan, dtype=torch.float64, device="cpu")
+        own[: len(self.done)] = torch.from_numpy(np.stack(self.done))
+        # Where processes talk to each other.
+        every = self.ranks.gather(own.to(torch.empty(0).device), [whole] * self.ranks.size).cpu()
+        rows = every.reshape(self.ranks.size, whole, -1).transpose(0, 1).flatten(0, 1).numpy()
+        return rows[~np.isnan(rows[:, -1])]  # made, though perhaps failed
+
+
+def groups_of(
+    rows: Float[np.ndarray, "R width"],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_draws: int,
+    dims: Mapping[str, Sequence[str | None]],
+    seed: int,
+) -> dict[str, Named]:
+    """The groups of the result, from what :class:`Rows` keeps."""
+    groups: dict[str, Named] = {name: {} for name in ("prior_sbc", "ranks", "prior", "recovery")}
+    luck = np.random.default_rng(seed)
+    start = 0
+    for name, shape in shapes.items():
+        names = tuple(dims.get(name, ()))
+        names = (*(None,) * (len(shape) - len(names)), *names)
+        stop = start + COLUMNS * int(np.prod(shape))
+        part = rows[:, start:stop].reshape(1, len(rows), COLUMNS, *shape)
+        start = stop
+        rank, truth, moments = part[:, :, 0], part[:, :, 1], part[:, :, 2:]
+        over = ("chain", "draw", *names)
+        groups["prior_sbc"][name] = (over, (rank + luck.random(rank.shape)) / (num_draws + 1))
+        groups["ranks"][name] = (over, rank)
+        groups["prior"][name] = (over, truth)
+        groups["recovery"][name] = (("chain", "draw", "summary", *names), moments)
+    summary = ["mean", "sd", *(f"q{round(100 * q)}" for q in QUANTILES)]
+    groups["recovery"]["summary"] = (("summary",), np.array(summary))
+    columns = dict(zip(("ess", "rhat", "divergences", "failed"), rows[:, start:].T, strict=True))
+    groups["sample_stats"] = {name: (("chain", "draw"), value[None]) for name, value in columns.items()}
+    return groups
+
+
+@contextmanager
+def _leaving_in_order(saves: bool) -> Iterator[None]:
+    """SIGTERM ends a study that saves itself as an exception does; only the main thread may listen."""
+    if not saves or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    if before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
