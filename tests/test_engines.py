@@ -454,6 +454,23 @@ def test_nuts_begins_with_the_covariance_of_laplace(dense_mass: bool | list[tupl
     assert float(white.square().mean()) == pytest.approx(4.0, rel=4 * math.sqrt(2 / white.numel()))
 
 
+@pytest.mark.parametrize("dense_mass", [True, False])
+def test_few_draws_do_not_overrule_the_covariance_of_laplace(dense_mass: bool) -> None:
+    """Sds from .001 to 1: trees double once at most, however short the window; without it they have 30 leaves."""
+    scales = torch.logspace(-3, 0, 10, dtype=F64)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 100.0).expand([10]).to_event(1))
+        pyro.sample("y", dist.Normal(x, scales).to_event(1), obs=torch.zeros(10, dtype=F64))
+
+    options: dict[str, Any] = {"num_chains": 2, "num_samples": 40, "seed": 2, "init": "laplace", "progress": False}
+    with Setting.of((scales,), {}).entered():
+        for num_warmup in (10, 40, 100):  # no window, one of 30 draws, one of 75
+            stats = get_engine("nuts")(Potential(model), num_warmup=num_warmup, dense_mass=dense_mass, **options).stats
+            assert float(stats["n_steps"].double().mean()) <= 15, num_warmup
+            assert float(stats["acceptance_rate"].mean()) > 0.5
+
+
 def discrete() -> None:
     pyro.sample("which", dist.Bernoulli(0.5))
 

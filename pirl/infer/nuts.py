@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer.mcmc import NUTS
+from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from torch import Tensor
 
 from pirl.errors import OptionError, check_counts
@@ -26,6 +27,38 @@ __all__ = ["run"]
 STATISTICS = ("lp", "energy", "tree_depth", "n_steps", "step_size", "acceptance_rate", "diverging")
 
 
+class _Guessed(BlockMassMatrix):
+    """A mass matrix that begins with a guess of the covariance, and holds to it while a window has few draws.
+
+    Pyro's own holds to .001 times the identity, which a posterior of other units takes long to leave.
+    """
+
+    def __init__(self, spread: Metric, potential: Potential) -> None:
+        super().__init__()
+        self._covariance = spread.unwhiten(spread.unwhiten(torch.eye(potential.size)).mT)
+        self._place = potential.unflatten(torch.arange(potential.size))
+        self._guess: dict[tuple[str, ...], Tensor] = {}
+
+    def configure(self, *args: Any, **kwargs: Any) -> None:
+        """Lay out the blocks, and begin with the guess: its correlations too, where a block is dense."""
+        super().configure(*args, **kwargs)
+        for names, inverse in self._inverse_mass_matrix.items():
+            rows = torch.cat([self._place[name].reshape(-1) for name in names])
+            block = self._covariance[rows][:, rows]
+            self._guess[names] = (block if inverse.dim() == 2 else block.diagonal()).to(inverse)
+        self.inverse_mass_matrix = dict(self._guess)
+
+    def end_adaptation(self) -> None:
+        """Take what the window's draws say, moved towards the guess as by further draws."""
+        found = {}
+        for names, moments in self._adapt_scheme.items():
+            guess, count = self._guess[names], moments.n_samples
+            # A covariance of D directions needs more than D draws; variances need few (Stan's number).
+            extra = len(guess) + 2 if guess.dim() == 2 else 5
+            found[names] = (count * moments.get_covariance(regularize=False) + extra * guess) / (count + extra)
+        self.inverse_mass_matrix = found
+
+
 class _Kernel(NUTS):
     """Pyro's NUTS, which also remembers the leaves of its last tree: the statistics are read from them."""
 
@@ -40,18 +73,6 @@ class _Kernel(NUTS):
         # With multinomial sampling a leaf weighs exp(energy before - energy of the leaf).
         self.leaves.append((leaf.z_proposal, self.energy_before - float(leaf.weight), float(leaf.sum_accept_probs)))
         return leaf
-
-    def begin_with(self, spread: Metric, potential: Potential) -> None:
-        """Take a first guess of the covariance, of the correlations too that the mass matrix can hold."""
-        covariance = spread.unwhiten(spread.unwhiten(torch.eye(potential.size)).mT)
-        place = potential.unflatten(torch.arange(potential.size))
-        inverses = self.mass_matrix_adapter.inverse_mass_matrix
-        for names, inverse in inverses.items():
-            rows = torch.cat([place[name].reshape(-1) for name in names])
-            block = covariance[rows][:, rows]
-            inverses[names] = (block if inverse.dim() == 2 else block.diagonal()).to(inverse)
-        self.mass_matrix_adapter.inverse_mass_matrix = inverses
-        self._adapter.reset_step_size_adaptation(self.initial_params)
 
     def statistics(self, step_size: float) -> dict[str, float]:
         """Describe the last transition, which was made with ``step_size``."""
@@ -130,10 +151,10 @@ class Nuts(Sampler):
         for chain in ranks.share(num_chains):
             reseed(seed, chain)
             kernel = self.kernels[chain] = _Kernel(potential_fn=energy, **options)
+            if around:
+                kernel.mass_matrix_adapter = _Guessed(around[1], potential)
             kernel.initial_params = find_start(potential, init, around)
             kernel.setup(num_warmup)
-            if around:
-                kernel.begin_with(around[1], potential)
 
     def advance(self, step: int) -> tuple[Tensor, Stats]:
         """One transition of each chain, one after the other; those of other ranks are gathered."""
@@ -189,13 +210,16 @@ def run(
         target_accept_prob: mean acceptance that the step size aims at; raise it when transitions diverge.
         max_tree_depth: at most 2^depth - 1 leapfrog steps a transition.
         dense_mass: learn correlations too: of all sites, or within each tuple of site names.
-        init: where chains start, see :func:`pirl.infer.start.find_starts`; with "laplace" the mass matrix starts as the
-            covariance of the Laplace approximation, so that a short warm-up will do.
+        init: where chains start: "uniform" (each coordinate of unconstrained space uniform on (-2, 2)), "prior" (draws
+            from it), values of all latent sites (one start, of all chains), or "laplace": around the mode, twice as
+            wide as the Laplace approximation, whose covariance the mass matrix begins with. A short warm-up will do
+            then; R-hat does not see a mode that no chain started near.
         record: run the model's Python once and repeat its tensor operations, where the model allows it.
 
     Raises:
         NonFiniteError: no start with a finite log density and gradient.
         StuckChainsError: no chain accepted a proposal after warm-up.
+        ModelError: init="laplace", and the search for a mode ends where there is no Gaussian.
         OptionError: more chains than have random numbers of their own, or fewer than ranks; no tree to build.
 
     Example:

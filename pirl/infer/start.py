@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pirl.errors import NonFiniteError, OptionError
+from pirl.errors import ModelError, NonFiniteError, OptionError
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
@@ -19,7 +19,7 @@ __all__ = ["find_start", "find_starts"]
 START_ATTEMPTS = 100
 
 NAMED_STARTS = ("prior", "uniform", "laplace")
-"""Starts of chains; those of one point need no mode first."""
+"""Where chains start, by name."""
 
 DISPERSION = 2.0
 """How many times wider than the Laplace approximation the starts around a mode are."""
@@ -195,5 +195,8 @@ def laplace_metric(potential: Potential) -> tuple[Tensor, Metric]:
     guard = guarded(potential)
     start = potential.flatten(find_start(potential, "uniform"))
     mode, _ = find_mode(lambda vector: guard(potential.unflatten(vector)), start)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(posterior_precision(potential, mode)[1]))
-    return mode, Metric(factor)
+    try:
+        precision = posterior_precision(potential, mode)[1]
+    except ModelError as error:
+        raise ModelError(f"init='laplace' finds no Gaussian to start from, use 'uniform' or 'prior': {error}") from None
+    return mode, Metric(torch.linalg.cholesky(torch.cholesky_inverse(precision)))
