@@ -62,7 +62,9 @@ class Rows:
         with bar as update, _leaving_in_order(checkpoint is not None):
             try:
                 while missing := self.numbers[len(self.done) :][: self.batch]:
-                    shown = lambda share: update(len(self.done) + share * len(missing), "")  # noqa: E731
+                    # The last of a batch is done when all of them are compared with their truths.
+                    before, last = len(self.done), len(self.done) + len(missing) - 1
+                    shown = lambda share: update(min(before + share * len(missing), last), "")  # noqa: B023, E731
                     if len(missing) == 1 or not self._add_all(many, missing, shown):
                         self.batch = 1  # those that follow go the same way
                         self._add(one, missing[0])

@@ -585,6 +585,9 @@ def test_laplace_tells_a_posterior_without_a_gaussian_mode() -> None:
 
     with pytest.raises(errors.ModelError, match=r"not positive definite.*z\[1\]"):
         fit(model, engine="laplace", **FEW)
+    for engine in ("nuts", "chees"):
+        with pytest.raises(errors.ModelError, match=r"init='laplace' finds no Gaussian.*'uniform' or 'prior'.*z\[1\]"):
+            fit(model, engine=engine, init="laplace", **FEW)
 
 
 def test_svi_tells_that_it_has_not_converged() -> None:
@@ -642,6 +645,8 @@ def test_starts_name_every_latent_site_and_nothing_else() -> None:
         fit(model, torch.tensor(1.0), engine=engine, init=start, seed=0, **FEW)
         with pytest.raises(errors.OptionError, match="init has a value of 'maen': the latent sites are mean"):
             fit(model, torch.tensor(1.0), engine=engine, init={**start, "maen": start["mean"]}, seed=0, **FEW)
+        with pytest.raises(errors.OptionError, match=r"init\['mean'\] has the shape \(2,\), and the site \(\)"):
+            fit(model, torch.tensor(1.0), engine=engine, init={"mean": torch.zeros(2)}, seed=0, **FEW)
         with pytest.raises(errors.OptionError, match="init has no value of mean"):
             fit(model, torch.tensor(1.0), engine=engine, init={"twice": start["mean"]}, seed=0, **FEW)
 

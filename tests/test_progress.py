@@ -202,12 +202,22 @@ def test_a_log_gets_nothing_of_short_runs_and_where_nothing_is_wanted(
         with LiveView("nuts", 10, shown) as view:
             for step in range(1, 11):
                 clock.now += pause
+                assert not view.due or (shown and step == 1)
                 view.update(step, warmup=False, draws=lambda: pytest.fail("not looked at"))
     assert capfd.readouterr() == ("", "")
     terminal = Terminal()
     with LiveView("nuts", 10, False, console=terminal.console) as view:
         view.update(10, warmup=False)
     assert terminal.stream.getvalue() == ""
+
+
+def test_a_log_gets_a_line_of_a_first_step_that_was_long(capfd: pytest.CaptureFixture[str], clock: Clock) -> None:
+    with LiveView("laplace", 2, True) as view:
+        clock.now += 600
+        view.update(1)
+        clock.now += 600
+        view.update(2)
+    assert capfd.readouterr().err.splitlines() == ["pirl: laplace  1/2  -:--", "pirl: laplace  2/2  20:00"]
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:

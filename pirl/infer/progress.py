@@ -46,7 +46,7 @@ class LiveView:
         self.label, self.total, self.shown = label, total, shown
         self._console = console
         self._display: _Terminal | _Notebook | _Log | None = None
-        self._next = 0.0
+        self._next, self._told = 0.0, True
         self._ess = _Ess()
         self._pace: deque[tuple[float, int]] = deque(maxlen=60)  # the last quarter of a minute; of a log, hour
 
@@ -54,7 +54,9 @@ class LiveView:
         """Open the display, if there is one."""
         if self.shown:
             self._display = _open(self._console)
-        self._began = time.monotonic()
+        self._next = self._began = time.monotonic()
+        if isinstance(self._display, _Log):
+            self._next, self._told = self._began + LOG_INTERVAL, False
         return self
 
     def __exit__(
@@ -68,7 +70,7 @@ class LiveView:
     @property
     def due(self) -> bool:
         """Whether an update now would be shown: what is dear to compute can wait until it is."""
-        return self._display is not None and time.monotonic() >= self._next
+        return self._display is not None and (not self._pace or time.monotonic() >= self._next)
 
     def update(
         self,
@@ -93,14 +95,12 @@ class LiveView:
         """
         if self._display is None:
             return
-        now, first = time.monotonic(), not self._pace
-        told = len(self._pace) > self._display.patience
-        if now < self._next and not (done >= self.total and told):
+        now = time.monotonic()
+        if not self._pace:
+            self._pace.append((now, done))
+        if now < self._next and not (done >= self.total and self._told):
             return
         self._pace.append((now, done))
-        self._next = now + self._display.interval
-        if first and self._display.patience:
-            return
         if draws is not None and not warmup:
             self._ess.refresh(draws, now - self._began)
         phase = {True: "warm-up", False: "sampling", None: ""}[warmup]
@@ -113,7 +113,7 @@ class LiveView:
         ]
         words = [f"{self.label} {phase}".strip(), f"{done:,}/{self.total:,}", self._time_left(), *filter(None, facts)]
         self._display.show("  ".join(words), done / max(self.total, 1))
-        self._next = time.monotonic() + self._display.interval
+        self._next, self._told = time.monotonic() + self._display.interval, True
 
     def _time_left(self) -> str:
         """At the pace of the last seconds, hours:minutes:seconds."""
@@ -182,9 +182,10 @@ def _open(console: Console | None) -> _Terminal | _Notebook | _Log | None:
     if _in_notebook():
         return _Notebook()
     try:
-        return _Terminal(None) if sys.stderr.isatty() else _Log()
+        terminal = sys.stderr.isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed
         return None
+    return _Terminal(None) if terminal else _Log()
 
 
 def _in_notebook() -> bool:
@@ -197,7 +198,7 @@ def _in_notebook() -> bool:
 class _Terminal:
     """A line, drawn over itself, behind a bar if there is room; gone at the end."""
 
-    interval, patience = INTERVAL, 0
+    interval = INTERVAL
 
     def __init__(self, console: Console | None) -> None:
         from rich.console import Console
@@ -233,8 +234,7 @@ class _Terminal:
 class _Log:
     """Line after line, none of them in the first minute."""
 
-    interval, patience = LOG_INTERVAL, 1
-    """Seconds between lines, and how many updates go by in silence."""
+    interval = LOG_INTERVAL
 
     def show(self, line: str, share: float) -> None:
         """Write the line; a log that cannot be written to is no reason to end the run."""
@@ -248,7 +248,7 @@ class _Log:
 class _Notebook:
     """One line of output, replaced in place. (Rich would need ipywidgets for that.)"""
 
-    interval, patience = INTERVAL, 0
+    interval = INTERVAL
 
     def __init__(self) -> None:
         self.handle: Any = None

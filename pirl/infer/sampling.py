@@ -120,7 +120,7 @@ def sample(
             if step >= num_warmup and (step - num_warmup) % thin == 0:
                 store.add(draws, stats)
             step += 1
-            if view.due or step == total:
+            if view.due or step == total or sampler.finished:
                 view.update(
                     sampler.reached(step, scale),
                     warmup=step <= num_warmup if num_samples else None,

@@ -78,8 +78,8 @@ class SMC(Population):
         return f"temperature {self.temperature:.3g}"
 
     def reached(self, step: int, total: int) -> int:
-        """As far as the temperature."""
-        return int(self.temperature * total)
+        """As far as the temperature; there are moves to make when that is 1."""
+        return total if self.finished else min(int(self.temperature * total), total - 1)
 
     def advance(self, step: int) -> tuple[Tensor, Stats]:
         """Change the temperature when it is time, then move every particle once."""

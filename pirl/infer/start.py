@@ -70,6 +70,8 @@ def find_start(
             dtype = torch.get_default_dtype()
             _check_names(potential, init)
             given = {name: torch.as_tensor(init[name], dtype=dtype) for name in potential.latent}
+            for name, value in given.items():
+                _check_shape(potential, name, value.shape)
             try:
                 z = potential.unconstrain(given)
             except NO_DENSITY as error:
@@ -167,6 +169,8 @@ def _given(potential: Potential, init: Mapping[str, Tensor], count: int) -> Tens
     _check_names(potential, init)
     values = {name: torch.as_tensor(init[name], dtype=torch.get_default_dtype()) for name in potential.latent}
     many = [name for name, value in values.items() if value.dim() > len(potential.latent[name].shape)]
+    for name, value in values.items():
+        _check_shape(potential, name, value.shape[1:] if name in many else value.shape)
     for name in many:
         if len(values[name]) != count:
             raise OptionError(f"init[{name!r}] has {len(values[name])} starts, but there are {count}")
@@ -186,6 +190,14 @@ def _check_names(potential: Potential, init: Mapping[str, Tensor]) -> None:
     missing = [name for name in potential.latent if name not in init]
     if missing:
         raise OptionError(f"init has no value of {', '.join(missing)}: give one of each latent site")
+
+
+def _check_shape(potential: Potential, name: str, shape: torch.Size) -> None:
+    if shape != potential.latent[name].shape:
+        raise OptionError(
+            f"init[{name!r}] has the shape {tuple(shape)}, and the site {tuple(potential.latent[name].shape)}: "
+            "give a value of that shape"
+        )
 
 
 def laplace_metric(potential: Potential) -> tuple[Tensor, Metric]:

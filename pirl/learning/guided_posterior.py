@@ -112,7 +112,8 @@ def bayesian_guided_cost(
             of its own roll-outs. Their weights do not depend on luck, but they share ancestors, and count for as few.
             None: one policy of each round is tried both ways (half as many samples the other way), and the next round
             adds particles where those counted for more than twice as much.
-        progress: show the rounds, and how the engine goes, in terminals and notebooks only.
+        progress: show the rounds, and how the engine goes, in terminals and notebooks; elsewhere write a line a minute
+            to standard error.
         guide_options, options: of :func:`pirl.fit` for the rounds, and for the final posterior.
 
     The engine may find more than the rounds' approximation did, where the pool knows less. Then rounds go on, with
