@@ -80,13 +80,15 @@ def calibrate(
         num_replicates: truths, each with demonstrations and a posterior of its own.
         num_draws: draws of a posterior among which the truth is ranked, evenly spaced over its chains. With 99 there
             are 100 ranks, and intervals of 50% and 90% are covered exactly so often. They must be nearly independent.
-        engine, num_chains, num_warmup, num_samples: how each posterior is found.
+        engine, num_chains, num_warmup, num_samples: how each posterior is found. Sizes are those of a study, not of
+            :func:`pirl.fit` or of a model file's defaults: by chees 32 chains of 40 draws after 150 of warm-up, by nuts
+            1 of 500 after 200, by smc 512 particles, by laplace and svi 200 draws.
         quantities: further test quantities: names of what the model records (``pyro.deterministic``), or functions by
             name of (draws of latent and deterministic sites ``[draw, *shape]`` by name, data by site) that return a
             tensor ``[draw, *any]``.
         draw_data: for models that cannot say their data forwards (a ``pyro.factor``): a function of (latent sites,
             named arguments) which returns those arguments that are data, drawn with torch's default generator. It may
-            also say that the world is not as the model thinks.
+            also say that the world is not as the model thinks. Latent sites are of the model's prior all the same.
         coords, dims: labels, and names of dims of sites and quantities, as in :func:`pirl.fit`.
         seed: reproduces truths and data of every replicate by its number, and its posterior as well where replicates
             are sampled one by one. Those that are sampled at once share the number of leapfrog steps, so that their
@@ -223,6 +225,13 @@ def calibrate(
         "inference_library": "pirl", "model": str(identity["model"]), "engine": engine, "seed": seed, **counts,
         "num_draws": num_draws, "num_replicates": len(found),
     }  # fmt: skip
+    if options:
+        attrs["engine_options"] = ", ".join(
+            f"{name}={value!r}" if isinstance(value, str | int | float | bool) else f"{name}=given"
+            for name, value in options.items()
+        )
+    if draw_data is not None:
+        attrs["draw_data"] = getattr(draw_data, "__name__", type(draw_data).__name__)
     if engine == "chees":
         ways = ["HMC of many replicates at once, with chees' transition"] * rows.together + ["chees"] * rows.apart
         attrs["sampler"] = "; ".join(ways)

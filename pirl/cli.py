@@ -180,12 +180,28 @@ def diagnose_command(posterior: PosteriorPath) -> None:
 def plot_command(
     posterior: PosteriorPath,
     out: Annotated[Path | None, typer.Option(metavar="POSTERIOR.png", help="By default beside the posterior.")] = None,
+    recovery: Annotated[
+        Path | None, typer.Option(metavar="RECOVERY.png", help="Of a study: truths against posteriors, too.")
+    ] = None,
 ) -> None:
-    """Draw the posterior distributions of a posterior file, with reference values."""
+    """Draw the posterior distributions of a posterior file, with reference values.
+
+    Of a study that `pirl calibrate --out` wrote, draw its ranks.
+    """
     target = out or (posterior.with_suffix(".png") if posterior.name else Path("posterior.png"))
-    check_output(target, PLOT_FORMATS)
-    _write_plot(read_posterior(posterior), target)
-    print(f"wrote {target}")
+    for path in (target, recovery):
+        check_output(path, PLOT_FORMATS)
+    check_distinct(target, recovery)
+    tree = read_result(posterior)
+    if is_study(tree):
+        _write_study_plots(tree, target, recovery)
+    elif recovery is not None:
+        _complain("--recovery is of studies, which `pirl calibrate --out` writes")
+    else:
+        _write_plot(as_posterior(tree, posterior), target)
+    for path in (target, recovery):
+        if path is not None:
+            print(f"wrote {path}")
 
 
 @app.command("compare")
@@ -263,7 +279,7 @@ def calibrate_command(
     """Check by simulation that the posteriors of a model file are what they claim to be.
 
     Parameters are drawn from the prior, data from the model, posteriors by the engine. The exit status is 1 if the
-    ranks of the truth leave their band.
+    ranks of the truth leave their band. Sizes are those of a study, and not those of the file's defaults.
     """
     from pirl.verdicts import print_verdicts, stays_in_bands
 
@@ -290,15 +306,7 @@ def calibrate_command(
     if out is not None:
         write_posterior(study, out)
     print_verdicts(study)
-    if plot is not None or recovery is not None:
-        from pirl.plots import plot_ranks, plot_recovery
-        from pirl.plots.studies import least_uniform
-
-        for path, draw in ((plot, plot_ranks), (recovery, plot_recovery)):
-            if path is not None:
-                figure = draw(study, names=least_uniform(study))
-                with replacing(path) as temporary:
-                    figure.savefig(temporary, dpi=150)
+    _write_study_plots(study, plot, recovery)
     for path in (out, plot, recovery):
         if path is not None:
             print(f"wrote {path}")
@@ -331,6 +339,19 @@ def _check_device(name: str | None) -> None:
 
     if name is not None:
         own_device(name)
+
+
+def _write_study_plots(study: xarray.DataTree, ranks: Path | None, recovery: Path | None) -> None:
+    if ranks is None and recovery is None:
+        return
+    from pirl.plots import plot_ranks, plot_recovery
+    from pirl.plots.studies import least_uniform
+
+    for path, draw in ((ranks, plot_ranks), (recovery, plot_recovery)):
+        if path is not None:
+            figure = draw(study, names=least_uniform(study))
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=150)
 
 
 def _write_plot(posterior: xarray.DataTree, path: Path) -> None:

@@ -103,7 +103,7 @@ def as_posterior(posterior: xarray.DataTree, path: str | Path) -> xarray.DataTre
     if is_study(posterior):
         raise PosteriorFileError(
             f"{path} is a study of `pirl calibrate`, not a posterior: `pirl summary` prints its verdicts, "
-            "`pirl calibrate --plot` and pirl.plots.plot_ranks draw it"
+            "`pirl plot` draws its ranks, and pirl.files.read_result reads it"
         )
     if posterior.attrs.get("inference_library") != "pirl" or "posterior" not in posterior.children:
         raise PosteriorFileError(f"{path} is not a posterior of pirl: give one that `pirl fit --out` wrote")

@@ -151,6 +151,29 @@ class Study:
                 raise DiscreteLatentError(
                     f"latent site {name!r} is discrete: enumerate it, or use MixtureSameFamily; data need obs="
                 )
+        if given:
+            self._check_branches(trace, {n: trace.nodes[n]["value"] for n, kind in kinds.items() if kind != "plate"})
+
+    def _check_branches(self, trace: pyro.poutine.Trace, values: Values) -> None:
+        """A model that asks whether there are data may say two things of them; a study hears one, and a fit the other.
+
+        Raises:
+            ModelError: its density of the demonstrations is another where it simulates.
+        """
+        again = pyro.poutine.trace(pyro.poutine.condition(self.model, values))
+        try:
+            with own_generator(), torch.no_grad(), pyro.validation_enabled(False):
+                other = again.get_trace(*self.args, **self.kwargs)
+                fitted, simulated = (
+                    float(run.log_prob_sum(lambda name, _: name in self.observed)) for run in (trace, other)
+                )
+        except Exception:  # episodes that end sooner than they may do not fit the plan: nothing to compare
+            return
+        if not np.isclose(fitted, simulated, rtol=1e-6, equal_nan=True):
+            raise ModelError(
+                f"the log-density of the demonstrations is {fitted:.6g} where the model observes them and "
+                f"{simulated:.6g} where it simulates: what it does must not depend on whether there are data"
+            )
 
     def draw(self, number: int) -> Truth:
         """Parameters and data of a replicate, the same for the same number.
@@ -358,16 +381,20 @@ def check_study(study: Any) -> None:
 
 
 def _ranked(name: str, values: Tensor) -> Ranked:
-    """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles."""
+    """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles.
+
+    Quantiles are those that a further draw lies below with that probability (Weibull's), so that intervals of few draws
+    hold as many truths as they say.
+    """
     values = values.detach().cpu().double()
     truth, draws = values[0], values[1:]
     if not bool(values.isfinite().all()):
         raise ModelError(f"test quantity {name!r} is not finite at the truth or at a draw of the posterior")
     order = torch.rand(draws.shape, dtype=draws.dtype) < torch.rand(truth.shape, dtype=draws.dtype)
     rank = ((draws < truth) | ((draws == truth) & order)).sum(0)
-    quantiles = torch.quantile(draws, torch.tensor(QUANTILES, dtype=draws.dtype), dim=0)
+    quantiles = np.quantile(draws.numpy(), QUANTILES, axis=0, method="weibull")
     sd = draws.std(0) if len(draws) > 1 else torch.full_like(truth, torch.nan)  # of one draw nobody knows it
-    return Ranked(*(x.numpy() for x in (rank, truth, draws.mean(0), sd, quantiles)))
+    return Ranked(rank.numpy(), truth.numpy(), draws.mean(0).numpy(), sd.numpy(), quantiles)
 
 
 def _return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Tensor]]:

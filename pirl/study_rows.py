@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,12 @@ class Rows:
                     raise KeyboardInterrupt("interrupted before the first replicates were done") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
+            except SystemExit:
+                if checkpoint is not None:
+                    self._save(checkpoint, now=True)
+                    told = f"pirl: terminated after {len(self.done)} replicates; the same call goes on from {path}"
+                    print(told, file=sys.stderr)
+                raise
             finally:
                 self._save(checkpoint, now=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -172,21 +173,45 @@ def print_verdicts(study: xarray.DataTree) -> None:
         table.add_column("ranks", vertical="bottom", overflow="fold")
         for label, row in found.iterrows():
             digits = [3, 3] + [2] * (len(columns) - 2)
-            numbers = [
-                "-" if np.isnan(x) else f"{x:.{n}f}" for x, n in zip(row.iloc[: len(columns)], digits, strict=True)
-            ]
+            numbers = [_shown(x, n) for x, n in zip(row.iloc[: len(columns)], digits, strict=True)]
             table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
         return table
 
     console = Console(highlight=False)
     table = shown(headers)
     wanted = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if wanted > console.width and not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ):
+        console = Console(highlight=False, width=wanted)  # a file has room
     if wanted > console.width:  # what is judged first
         table = shown(headers[:4])
     console.print(table)
     print()
+    print(_made(study))
     for line in words(study, found):
         print(line)
+
+
+def _shown(number: float, digits: int) -> str:
+    if np.isnan(number):
+        return "-"
+    # Of p-values; whether shares are 0 does not matter to three digits.
+    return f"<.{'0' * (digits - 1)}1" if 0 < number < 0.5 / 10**digits else f"{number:.{digits}f}"
+
+
+def _made(study: xarray.DataTree) -> str:
+    """How a study was made, in a line."""
+    attrs = study.attrs
+    chains, warmup = counted(int(attrs["num_chains"]), "chain"), int(attrs["num_warmup"])
+    after = f" after {warmup:,} of warm-up" if warmup else ""
+    said = [
+        f"{attrs['model']}: {counted(int(attrs['num_replicates']), 'replicate')} by {attrs['engine']}",
+        f"{chains} of {int(attrs['num_samples']):,} draws{after}",
+        f"ranks among {int(attrs['num_draws']):,}",
+        *([str(attrs["engine_options"])] if "engine_options" in attrs else []),
+        *([f"data by {attrs['draw_data']}"] if "draw_data" in attrs else []),
+        f"seed {attrs['seed']}",
+    ]
+    return ", ".join(said) + "."
 
 
 def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
@@ -210,7 +235,8 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     if len(out):
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
         why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
-        lines = [f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, or {why}."]
+        other = f"what {study.attrs['draw_data']} draws is not the model's, " if "draw_data" in study.attrs else ""
+        lines = [f"Not calibrated: {names}. The model or engine {engine!r} is wrong there, {other}or {why}."]
         if few > OFTEN or torn > OFTEN:  # which is enough of a cause
             lines = [f"Not calibrated: {names}. The chains are too short, which may be all that is wrong."]
         least = float(out["p_adjusted"].min())

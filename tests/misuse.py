@@ -637,9 +637,21 @@ def engines() -> dict[str, Case]:
             law = pirl.MaxCausalEntTrajectory(mdp, weight * torch.ones(5, dtype=F64), lengths=demos.lengths)
             pyro.sample("trajectories", law, obs=demos.as_tensor())
 
+    def coin() -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("mean", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
+
+    starts = {
+        f"{engine}: init={wrong!r}": (
+            lambda engine=engine, wrong=wrong: pirl.fit(coin, engine=engine, init=wrong),
+            "OptionError",
+            f"init is {form}: use '",
+        )
+        for engine in ("chees", "nuts", "svi", "laplace")
+        for wrong, form in ((None, "a NoneType"), (0.5, "a float"), ([0.5], "a list"))
+    }
     calls = {"fit": pirl.fit, "calibrate": pirl.calibrate}
     calls |= {engine: lambda *given, by=engine: pirl.fit(*given, engine=by) for engine in ("nuts", "smc", "svi")}
-    return {
+    return starts | {
         f"{name}: the model's reward": (
             lambda call=call: call(other, walks, world),
             "InvalidRewardError",

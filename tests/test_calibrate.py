@@ -123,9 +123,43 @@ def test_the_table_is_whole_on_any_screen(
     monkeypatch.setenv("COLUMNS", str(columns))
     print_verdicts(found)
     told = capsys.readouterr().out
-    for word in ("adjusted", "covers", "log_likelihood", "0.000"):
+    for word in ("adjusted", "covers", "log_likelihood", "<.001"):
         assert word in told
     assert "\N{HORIZONTAL ELLIPSIS}" not in told and ("corre-" in told) == (columns > 80)
+
+
+def test_a_file_has_room_for_the_whole_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = study(monkeypatch, exact(shift=0.4, width=0.5), num_replicates=40)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_verdicts(found)
+    told = capsys.readouterr().out
+    assert "corre-" in told and "posterior too narrow and high" in told
+
+
+def test_what_made_a_study_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def elsewhere(parameters: dict[str, Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"data": 3 + parameters["mu"] + SCALE * torch.randn(4, dtype=torch.float64)}
+
+    monkeypatch.setattr(module, "check_options", lambda *_: None)
+    found = study(monkeypatch, exact(), num_replicates=40, draw_data=elsewhere, init="laplace")
+    print_verdicts(found)
+    told = capsys.readouterr().out
+    assert "normal: 40 replicates by laplace, 1 chain of 200 draws, ranks among 99" in told
+    assert "init='laplace', data by elsewhere, seed 0." in told
+    assert "is wrong there, what elsewhere draws is not the model's, or it approximates" in told
+
+
+@pytest.mark.parametrize("num_draws", [19, 39, 99])
+def test_intervals_of_recovery_hold_as_many_truths_as_the_table_says(
+    monkeypatch: pytest.MonkeyPatch, num_draws: int
+) -> None:
+    """To the last replicate, however few the draws, as the quantiles are order statistics."""
+    found = study(monkeypatch, exact(width=0.6), num_draws=num_draws)
+    recovery, truth = found["recovery"].to_dataset(), found["prior"]["mu"].values
+    low, high = (recovery["mu"].sel(summary=name).values for name in ("q5", "q95"))
+    assert ((low < truth) & (truth < high)).mean() == verdicts(found).loc["mu", "coverage_90"]
 
 
 def test_chains_that_are_too_short_are_the_first_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +301,18 @@ def test_what_cannot_be_simulated_is_refused() -> None:
     walks = pirl.Trajectories([[0, 0]], [[0, 0]])
     with pytest.raises(ModelError, match="'walk' does not observe the demonstrations: give obs="):
         pirl.calibrate(forgets, walks, engine="laplace", num_replicates=2)
+
+    def two_faced(demos: pirl.Trajectories) -> None:  # what a fit would do no study would see
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        seen = demos.as_tensor()
+        mdp = pirl.TabularMDP([[[1.0], [1.0]]], [1.0], horizon=3)
+        reward = torch.stack([mu, -mu])[None] * (1.0 if seen is None else 2.0)
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("walk", pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths), obs=seen)
+
+    many = pirl.Trajectories([[0, 0, 0]] * 3, [[0, 0, 0]] * 3)
+    with pytest.raises(ModelError, match="must not depend on whether there are data"):
+        pirl.calibrate(two_faced, many, engine="laplace", num_replicates=2)
 
     def counts(demos: pirl.Trajectories) -> None:  # whose demonstrations are no data
         rate = pyro.sample("rate", dist.Gamma(2.0, torch.tensor(1.0)))
@@ -696,7 +742,9 @@ def test_a_study_of_other_quantities_is_another_study(tmp_path: Path) -> None:
         pirl.calibrate(recorder, DATA, checkpoint=path, quantities={"q": lambda draws, data: -draws["mu"]}, **sizes)
 
 
-def test_a_study_that_is_terminated_saves_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_study_that_is_terminated_saves_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine, path = exact(), tmp_path / "study.ckpt"
 
     def killed(potential: Potential, *, seed: int, **options: Any) -> Draws:
@@ -710,6 +758,8 @@ def test_a_study_that_is_terminated_saves_itself(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SystemExit) as left:
         study(monkeypatch, killed, num_replicates=6, checkpoint=path)
     assert left.value.code == 128 + signal.SIGTERM
+    again_from = f"the same call goes on from {path}"
+    assert capsys.readouterr().err == f"pirl: terminated after 3 replicates; {again_from}\n"
     assert signal.getsignal(signal.SIGTERM) == before
     again = study(monkeypatch, killed, num_replicates=6, checkpoint=path)
     assert killed.calls == 4 + 3  # three were saved
@@ -924,10 +974,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit) as done:
         app(["summary", names[0]], prog_name="pirl")
     assert not done.value.code and told == capsys.readouterr().out + "".join(f"wrote {name}\n" for name in names)
-    for command in ("plot", "diagnose"):
-        with pytest.raises(SystemExit) as done:
-            app([command, names[0]], prog_name="pirl")
-        assert done.value.code == 2 and "`pirl summary` prints its verdicts" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as done:
+        app(["diagnose", names[0]], prog_name="pirl")
+    assert done.value.code == 2 and "pirl.files.read_result reads it" in capsys.readouterr().err
+    drawn = {name: Path(name).read_bytes() for name in names[1:]}
+    with pytest.raises(SystemExit) as done:
+        app(["plot", names[0], "--out", names[1], "--recovery", names[2]], prog_name="pirl")
+    assert not done.value.code and capsys.readouterr().out == "".join(f"wrote {name}\n" for name in names[1:])
+    assert {name: Path(name).read_bytes() for name in names[1:]} == drawn
     monkeypatch.setattr(module, "get_engine", lambda name: exact(width=0.3))
     assert call(str(path), "--replicates", "40") == 1
     assert "Not calibrated: mu (posterior too narrow)" in capsys.readouterr().out

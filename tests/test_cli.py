@@ -131,6 +131,7 @@ def test_the_file_is_enough_for_summary_and_plot(model: Path, tmp_path: Path) ->
     assert drawn.exit_code == 0, drawn.output
     assert (tmp_path / "posterior.png").stat().st_size > 10_000
     assert run("plot", out, "--out", tmp_path / "p.svg").exit_code == 0
+    assert "--recovery is of studies" in refused("plot", out, "--recovery", tmp_path / "r.png")
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 

@@ -64,8 +64,8 @@ def approximation(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "problem",
                 "shifted",
-                f"Means of the approximation's draws ({name}) are off, as their weights tell: of {shifted} posterior "
-                "standard deviations.",
+                f"Means of the approximation's draws ({name}) are not those that their weights give; by posterior "
+                f"standard deviations: {shifted}.",
                 "means and intervals of the draws are not the posterior's, which its weights know",
                 f"resample=True (draws then follow their weights), posterior['psis_moments'], or {exact}",
             )

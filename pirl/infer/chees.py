@@ -21,7 +21,7 @@ from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, Population, check
 from pirl.infer.potential import Potential
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.sampling import Stats, check_moves, part, sample
-from pirl.infer.start import find_probes, find_starts
+from pirl.infer.start import find_probes, find_starts, told
 
 __all__ = ["run"]
 
@@ -210,6 +210,7 @@ def run(
             "target_accept_prob": target_accept_prob,
             "max_leapfrogs": max_leapfrogs,
             "dense_mass": str(dense),
+            "init": told(init),
             "chains_per_block": width,
             "recorded": str(target.recorded),
             **({"num_superchains": groups} if groups < num_chains else {}),

@@ -20,7 +20,7 @@ from pirl.infer.potential import Potential, Values
 from pirl.infer.ranks import ALONE, Ranks
 from pirl.infer.recorded import recorded
 from pirl.infer.sampling import Sampler, Stats, check_moves, sample
-from pirl.infer.start import NAMED_STARTS, check_init, find_start, guarded, laplace_metric
+from pirl.infer.start import NAMED_STARTS, check_init, find_start, guarded, laplace_metric, told
 
 __all__ = ["run"]
 
@@ -262,6 +262,7 @@ def run(
             "target_accept_prob": target_accept_prob,
             "max_tree_depth": max_tree_depth,
             "dense_mass": str(dense_mass),
+            "init": told(init),
             "recorded": str(replay is not None),
             "interrupted": str(sampled.interrupted),
         },

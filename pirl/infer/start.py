@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pirl.errors import ModelError, NonFiniteError, OptionError
+from pirl.errors import ModelError, NonFiniteError, OptionError, form
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
@@ -39,10 +39,19 @@ def guarded(potential: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]
 
 
 def check_init(init: str | Mapping[str, Tensor], names: Sequence[str]) -> None:
-    """Refuse the name of a start that is none of ``names``."""
+    """Refuse what is no start, or none of ``names``."""
+    if not isinstance(init, str | Mapping):
+        raise OptionError(
+            f"init is {form(init)}: use {', '.join(map(repr, names))}, or a dict of values by latent site"
+        )
     if isinstance(init, str) and init not in names:
         known = ", ".join(map(repr, names))
         raise OptionError(f"init={init!r} is not known: use {known}, or a dict of values of all latent sites")
+
+
+def told(init: str | Mapping[str, Tensor]) -> str:
+    """How a posterior's attributes name where chains started."""
+    return init if isinstance(init, str) else "given"
 
 
 def find_start(
@@ -153,6 +162,7 @@ def find_starts(
 
 def find_probes(potential: Potential, init: str | Mapping[str, Tensor], count: int) -> Tensor:
     """Two points ``[2, D]`` at which a batched evaluation is tried out before :func:`find_starts` needs it."""
+    check_init(init, NAMED_STARTS)
     if not isinstance(init, str):
         return _given(potential, init, count)[[0, -1]]
     where = "prior" if init == "prior" else "uniform"

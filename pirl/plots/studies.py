@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pirl.convergence import element_names
-from pirl.errors import OptionError
+from pirl.errors import OptionError, counted
 from pirl.plots.style import BLUE, ORANGE, new_figure
 from pirl.replicates import LOG_LIKELIHOOD, check_study
 from pirl.uniformity import band, holm, p_values, shares_below
@@ -67,7 +68,7 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
         ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
         ax.set_xlabel("rank of the truth, as a share of draws")
         ax.set_ylabel("share of replicates below,\nminus expected")
-    figure.suptitle(_title(study), fontsize="medium")
+    _set_title(figure, study)
     return figure
 
 
@@ -105,7 +106,7 @@ def plot_recovery(study: xarray.DataTree, names: Sequence[str] | None = None) ->
         ax.set_title(f"{name} (r = {r:.2f})", fontsize="medium")
         ax.set_xlabel("truth")
         ax.set_ylabel("posterior mean\nand 90% interval")
-    figure.suptitle(f"{_title(study)}; orange: the interval misses the truth", fontsize="medium")
+    _set_title(figure, study, "; orange: the interval misses the truth, as one in ten should")
     return figure
 
 
@@ -158,7 +159,9 @@ def _panels(names: list[str]) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(len(names))]
 
 
-def _title(study: xarray.DataTree) -> str:
-    count = study.attrs["num_replicates"]
-    many = f"{count} replicate{'s' if count != 1 else ''}"
-    return f"{study.attrs.get('title', study.attrs['model'])}\n{many}, engine {study.attrs['engine']}"
+def _set_title(figure: Figure, study: xarray.DataTree, more: str = "") -> None:
+    """What was studied and how, in lines that the figure has room for."""
+    many = counted(int(study.attrs["num_replicates"]), "replicate")
+    lines = [study.attrs.get("title", study.attrs["model"]), f"{many}, engine {study.attrs['engine']}{more}"]
+    letters = int(12 * figure.get_figwidth())
+    figure.suptitle("\n".join(part for line in lines for part in textwrap.wrap(line, letters)), fontsize="medium")
