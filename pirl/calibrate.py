@@ -227,7 +227,7 @@ def calibrate(
     }  # fmt: skip
     if options:
         attrs["engine_options"] = ", ".join(
-            f"{name}={value!r}" if isinstance(value, str | int | float | bool) else f"{name}=given"
+            f"{name}={value!r}" if isinstance(value, str | int | float | list | None) else f"{name}=given"
             for name, value in options.items()
         )
     if draw_data is not None:

@@ -136,6 +136,7 @@ class Study:
             return
         try:
             with own_generator(), torch.no_grad():
+                torch.manual_seed(derive_seed(self.seed, _TRUTHS, 0))
                 trace = pyro.poutine.trace(self.model).get_trace(*setting.args, **setting.kwargs)
         except Exception as error:  # will be said of the model without data, or with those of a replicate
             self.fails = f"{type(error).__name__}: {_line(error)}"
@@ -156,25 +157,27 @@ class Study:
             self._check_branches(trace, {n: trace.nodes[n]["value"] for n, kind in kinds.items() if kind != "plate"})
 
     def _check_branches(self, trace: pyro.poutine.Trace, values: Values) -> None:
-        """A model that asks whether there are data may say two things of them; a study hears one, and a fit the other.
+        """A model that asks whether there are data may say two things; a study hears one, and a fit the other.
 
         Raises:
-            ModelError: its density of the demonstrations is another where it simulates.
+            ModelError: its density, at the same values of all sites, is another where it simulates.
         """
         again = pyro.poutine.trace(pyro.poutine.condition(self.model, values))
         try:
             with own_generator(), torch.no_grad(), pyro.validation_enabled(False):
                 other = again.get_trace(*self.args, **self.kwargs)
-                fitted, simulated = (
-                    float(run.log_prob_sum(lambda name, _: name in self.observed)) for run in (trace, other)
-                )
+                for run in (trace, other):
+                    run.compute_log_prob(lambda name, _: name in values)
         except Exception:  # the study will say it of its own data
             return
-        if not np.isclose(fitted, simulated, rtol=1e-6, equal_nan=True):
-            raise ModelError(
-                f"the log-density of the demonstrations is {fitted:.6g} where the model observes them and "
-                f"{simulated:.6g} where it simulates: what it does must not depend on whether there are data"
-            )
+        for name in values.keys() & other.nodes.keys():
+            fitted, simulated = (float(run.nodes[name]["log_prob_sum"]) for run in (trace, other))
+            if not np.isclose(fitted, simulated, rtol=1e-6, equal_nan=True):
+                raise ModelError(
+                    f"site {name!r} has the log-density {fitted:.6g} where the model is given data, and "
+                    f"{simulated:.6g} for the same values where it simulates: what it does must not depend on whether "
+                    "there are data (a mask can be an argument of its own)"
+                )
 
     def draw(self, number: int) -> Truth:
         """Parameters and data of a replicate, the same for the same number.
@@ -385,7 +388,7 @@ def _ranked(name: str, values: Tensor) -> Ranked:
     """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles.
 
     Quantiles are those that a further draw lies below with that probability (Weibull's), so that intervals of few draws
-    hold as many truths as they say.
+    hold as many truths as they say, from 19 on.
     """
     values = values.detach().cpu().double()
     truth, draws = values[0], values[1:]

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -76,11 +76,12 @@ class Rows:
                     raise KeyboardInterrupt("interrupted before the first replicates were done") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
-            except SystemExit:
-                if checkpoint is not None:
-                    self._save(checkpoint, now=True)
-                    told = f"pirl: terminated after {len(self.done)} replicates; the same call goes on from {path}"
-                    print(told, file=sys.stderr)
+            except SystemExit as left:
+                self._save(checkpoint, now=True)
+                if left.code == 128 + signal.SIGTERM and self.done and not self.unsaved and self.ranks.leads:
+                    after = f" after {len(self.done)} replicates" if self.ranks.size == 1 else ""
+                    with suppress(OSError, ValueError):
+                        print(f"pirl: terminated{after}; the same call goes on from {path}", file=sys.stderr)
                 raise
             finally:
                 self._save(checkpoint, now=True)

@@ -203,9 +203,11 @@ def _made(study: xarray.DataTree) -> str:
     attrs = study.attrs
     chains, warmup = counted(int(attrs["num_chains"]), "chain"), int(attrs["num_warmup"])
     after = f" after {warmup:,} of warm-up" if warmup else ""
+    draws = f"{int(attrs['num_samples']):,} {'particles' if attrs['engine'] == 'smc' else 'draws'}"
+    many, by = counted(int(attrs["num_replicates"]), "replicate"), attrs.get("sampler", attrs["engine"])
     said = [
-        f"{attrs['model']}: {counted(int(attrs['num_replicates']), 'replicate')} by {attrs['engine']}",
-        f"{chains} of {int(attrs['num_samples']):,} draws{after}",
+        f"{attrs['model']}: {many} by {by}",
+        f"{chains} of {draws}{after}",
         f"ranks among {int(attrs['num_draws']):,}",
         *([str(attrs["engine_options"])] if "engine_options" in attrs else []),
         *([f"data by {attrs['draw_data']}"] if "draw_data" in attrs else []),

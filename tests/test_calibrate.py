@@ -302,18 +302,6 @@ def test_what_cannot_be_simulated_is_refused() -> None:
     with pytest.raises(ModelError, match="'walk' does not observe the demonstrations: give obs="):
         pirl.calibrate(forgets, walks, engine="laplace", num_replicates=2)
 
-    def two_faced(demos: pirl.Trajectories) -> None:  # what a fit would do no study would see
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        seen = demos.as_tensor()
-        mdp = pirl.TabularMDP([[[1.0], [1.0]]], [1.0], horizon=3)
-        reward = torch.stack([mu, -mu])[None] * (1.0 if seen is None else 2.0)
-        with pyro.plate("episode", len(demos)):
-            pyro.sample("walk", pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths), obs=seen)
-
-    many = pirl.Trajectories([[0, 0, 0]] * 3, [[0, 0, 0]] * 3)
-    with pytest.raises(ModelError, match="must not depend on whether there are data"):
-        pirl.calibrate(two_faced, many, engine="laplace", num_replicates=2)
-
     def counts(demos: pirl.Trajectories) -> None:  # whose demonstrations are no data
         rate = pyro.sample("rate", dist.Gamma(2.0, torch.tensor(1.0)))
         pyro.sample("visits", dist.Poisson(rate * len(demos)))
@@ -338,6 +326,28 @@ def test_what_cannot_be_simulated_is_refused() -> None:
 
     found = pirl.calibrate(factored, DATA, engine="laplace", num_replicates=60, draw_data=draw_data, progress=False)
     assert is_calibrated(found)  # exp(-(mu - x)^2) is a normal density of variance 1/2
+
+
+def test_what_a_fit_does_is_what_a_study_hears() -> None:
+    """A model that asks whether there are data must do the same with them and without."""
+    mdp = pirl.TabularMDP([[[1.0], [1.0]]], [1.0], horizon=3)
+
+    def walks(demos: pirl.Trajectories, gain: float = 1.0, sd: float = 1.0) -> None:
+        seen = demos.as_tensor()
+        gain, sd = (1.0, 1.0) if seen is None else (gain, sd)
+        mu = pyro.sample("mu", dist.Normal(0.0, sd))
+        reward = gain * torch.stack([mu, -mu])[None]
+        with pyro.plate("episode", len(demos)):
+            pyro.sample("walk", pirl.MaxCausalEntTrajectory(mdp, reward, lengths=demos.lengths), obs=seen)
+
+    many = pirl.Trajectories([[0, 0, 0]] * 3, [[0, 0, 0], [0, 0, 1], [1, 1, 0]])
+    shorter = pirl.Trajectories([[0, 0, 0], [0]], [[0, 0, 0], [1]], limits=[3, 3])
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
+    for demos in (many, shorter):
+        assert pirl.calibrate(walks, demos, **sizes).attrs["num_replicates"] == 2
+    for site, two_faced in (("walk", {"gain": 2.0}), ("mu", {"sd": 3.0})):
+        with pytest.raises(ModelError, match=f"site '{site}' has .* must not depend on whether there are data"):
+            pirl.calibrate(walks, many, model_kwargs=two_faced, **sizes)
 
 
 def test_hidden_discrete_sites_are_no_data() -> None:

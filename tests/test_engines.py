@@ -20,8 +20,9 @@ from pirl import errors
 from pirl.fit import fit
 from pirl.infer import ENGINES, Draws, Potential, get_engine
 from pirl.infer.engine import own_generator
+from pirl.infer.hmc import Metric
 from pirl.infer.importance import weighed
-from pirl.infer.nuts import Nuts
+from pirl.infer.nuts import Nuts, _Guessed
 from pirl.infer.ranks import ALONE
 from pirl.infer.start import guarded
 from pirl.setting import Setting
@@ -469,6 +470,33 @@ def test_few_draws_do_not_overrule_the_covariance_of_laplace(dense_mass: bool) -
             stats = get_engine("nuts")(Potential(model), num_warmup=num_warmup, dense_mass=dense_mass, **options).stats
             assert float(stats["n_steps"].double().mean()) <= 15, num_warmup
             assert float(stats["acceptance_rate"].mean()) > 0.5
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3)])
+@pytest.mark.parametrize("wrong", [1e-4, 1e4])
+def test_a_guess_that_is_wrong_is_overruled(shape: tuple[int, ...], wrong: float) -> None:
+    """As of a mode that is flat. What is left of it makes the variance at most ten times the draws', and then none."""
+    potential = Potential(lambda: pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1)))
+    dense = len(shape) == 2
+    mass = _Guessed(Metric(torch.full((3,), math.sqrt(wrong))), potential)
+    mass.configure({("x",): shape})
+    torch.testing.assert_close(mass.inverse_mass_matrix[("x",)], wrong * (torch.eye(3) if dense else torch.ones(3)))
+    draws = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+
+    def learnt(window: Tensor) -> Tensor:
+        for x in window:
+            mass.update({"x": x}, None)
+        mass.end_adaptation()
+        return mass.inverse_mass_matrix[("x",)]
+
+    def variances(found: Tensor) -> Tensor:
+        return found.diagonal() if dense else found
+
+    few, many, still = learnt(draws[:20]), learnt(draws), learnt(draws[:1].expand(5, 3))
+    own = draws[:20].var(0)
+    assert bool((variances(few) <= 10 * own).all() and (variances(few) >= 0.5 * own).all())
+    torch.testing.assert_close(many, draws.T.cov() if dense else draws.var(0))
+    assert bool((variances(still) > 0).all())  # of a chain that did not move
 
 
 def discrete() -> None:

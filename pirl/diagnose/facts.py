@@ -186,9 +186,10 @@ def more_draws(facts: Facts, factor: int) -> str:
 def twice_as_long(facts: Facts) -> str:
     """Chains, and their warm-up, twice as long as in this run; or more particles."""
     warmup = facts.number("tuning_steps")
-    if facts.particles or not np.isfinite(warmup) or facts.attrs.get("init") == "laplace":  # chains began where it ends
+    if facts.particles or not np.isfinite(warmup):
         return more_draws(facts, 2)
-    sizes = f"num_warmup={2 * max(int(warmup), 500)} and num_samples={_steps(facts, 2)}"
+    least = 50 if facts.attrs.get("init") == "laplace" else 500  # near the posterior, and with its covariance
+    sizes = f"num_warmup={2 * max(int(warmup), least)} and num_samples={_steps(facts, 2)}"
     return f"longer chains, such as {sizes} (--warmup and --samples)"
 
 

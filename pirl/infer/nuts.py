@@ -27,6 +27,13 @@ __all__ = ["run"]
 STATISTICS = ("lp", "energy", "tree_depth", "n_steps", "step_size", "acceptance_rate", "diverging")
 
 
+WIDEST = 10.0
+"""How many times wider in variance than a window's draws a guess may be, where it counts."""
+
+LONG = 10
+"""How many times as many draws as its guess counts for are believed by themselves."""
+
+
 class _Guessed(BlockMassMatrix):
     """A mass matrix that begins with a guess of the covariance, and holds to it while a window has few draws.
 
@@ -37,7 +44,7 @@ class _Guessed(BlockMassMatrix):
         super().__init__()
         self._covariance = spread.unwhiten(spread.unwhiten(torch.eye(potential.size)).mT)
         self._place = potential.unflatten(torch.arange(potential.size))
-        self._guess: dict[tuple[str, ...], Tensor] = {}
+        self.guess: dict[tuple[str, ...], Tensor] = {}
 
     def configure(self, *args: Any, **kwargs: Any) -> None:
         """Lay out the blocks, and begin with the guess: its correlations too, where a block is dense."""
@@ -45,17 +52,26 @@ class _Guessed(BlockMassMatrix):
         for names, inverse in self._inverse_mass_matrix.items():
             rows = torch.cat([self._place[name].reshape(-1) for name in names])
             block = self._covariance[rows][:, rows]
-            self._guess[names] = (block if inverse.dim() == 2 else block.diagonal()).to(inverse)
-        self.inverse_mass_matrix = dict(self._guess)
+            self.guess[names] = (block if inverse.dim() == 2 else block.diagonal()).to(inverse)
+        self.inverse_mass_matrix = dict(self.guess)
 
     def end_adaptation(self) -> None:
-        """Take what the window's draws say, moved towards the guess as by further draws."""
+        """Take what the window's draws say, moved towards the guess as by further draws where they are few."""
         found = {}
         for names, moments in self._adapt_scheme.items():
-            guess, count = self._guess[names], moments.n_samples
+            guess, count = self.guess[names], moments.n_samples
+            covariance = moments.get_covariance(regularize=False)
+            dense = guess.dim() == 2
+            variance, guessed = (x.diagonal() if dense else x for x in (covariance, guess))
             # A covariance of D directions needs more than D draws; variances need few (Stan's number).
-            extra = len(guess) + 2 if guess.dim() == 2 else 5
-            found[names] = (count * moments.get_covariance(regularize=False) + extra * guess) / (count + extra)
+            extra = len(guess) + 2 if dense else 5
+            moved = variance > 0
+            if count < LONG * extra or not bool(moved.all()):
+                # At a mode that is flat the guess is far too wide, and an average with it would be as well.
+                scale = torch.where(moved, (WIDEST * variance / guessed).clamp(max=1), 1.0).sqrt()
+                guess = guess * (scale[:, None] * scale if dense else scale.square())
+                covariance = (count * covariance + extra * guess) / (count + extra)
+            found[names] = covariance
         self.inverse_mass_matrix = found
 
 
@@ -106,6 +122,8 @@ class _Kernel(NUTS):
             state[f"count{index}"] = torch.tensor(float(moments.n_samples), dtype=torch.float64)
             state[f"mean{index}"] = torch.zeros_like(inverse[0]) + moments._mean
             state[f"scatter{index}"] = torch.zeros_like(inverse) + moments._m2
+            if isinstance(mass, _Guessed):
+                state[f"guess{index}"] = mass.guess[names]
         return {name: value.detach().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], potential: Potential) -> None:
@@ -122,6 +140,8 @@ class _Kernel(NUTS):
             moments = mass._adapt_scheme[name]
             moments.n_samples = int(state[f"count{i}"])
             moments._mean, moments._m2 = state[f"mean{i}"].to(like), state[f"scatter{i}"].to(like)
+            if isinstance(mass, _Guessed):  # another machine may find the mode to other bits
+                mass.guess[name] = state[f"guess{i}"].to(like)
         z, gradient = (potential.unflatten(state[name].to(like)) for name in ("z", "gradient"))
         self._cache(z, state["energy"].to(like), gradient)
 
