@@ -21,7 +21,8 @@ from pirl.infer.datatree import check_names, check_reserved, planned, to_datatre
 from pirl.infer.engine import one_thread
 from pirl.infer.memory import check_memory, free_memory
 from pirl.infer.ranks import join
-from pirl.infer.replicated import STARTS, run_all
+from pirl.infer.replicated import run_all
+from pirl.infer.start import NAMED_STARTS
 from pirl.replicates import Comparison, DrawData, Quantity, Study
 from pirl.setting import Setting, own_keywords
 from pirl.study_rows import COLUMNS, Rows, groups_of
@@ -208,11 +209,11 @@ def calibrate(
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
         fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED
-        fits = fits and options.get("init", STARTS[0]) in STARTS
+        fits = fits and options.get("init", NAMED_STARTS[0]) in NAMED_STARTS
         if batch is not None and batch > 1 and not fits:
             raise OptionError(
                 f"batch={batch} needs engine 'chees', no draw_data=, of its options {sorted(BATCHED)} only, "
-                f"and of its starts {STARTS}"
+                f"and of its starts {NAMED_STARTS}"
             )
         at_once = (batch or max(1, AT_ONCE // counts["num_chains"])) if fits else 1
         rows = Rows(study, num_replicates, ranks, at_once, must=batch is not None)

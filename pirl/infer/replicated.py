@@ -36,7 +36,6 @@ WIDTH = 1024
 
 MOST_LEAPFROGS = 200
 START_ATTEMPTS = 100
-STARTS = ("prior", "uniform", "laplace")
 SLOW = 0.1
 """Share of replicates that may move less far than they should: how many steps are made is for all of them to share,
 and those of a tenth that needs the shortest steps should not be what all others wait for."""
@@ -203,7 +202,7 @@ def run_all(
         potentials, model, data: see :class:`ReplicatedPotential`.
         num_chains, num_warmup, num_samples: of each replicate.
         target_accept_prob, dense_mass, max_leapfrogs: see :func:`pirl.infer.chees.run`.
-        init: one of ``STARTS``, see :func:`pirl.infer.start.find_starts`.
+        init: one of ``NAMED_STARTS``, see :func:`pirl.infer.start.find_starts`.
         told: is given the share of steps made, on the way.
 
     Returns:
