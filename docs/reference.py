@@ -21,9 +21,9 @@ INTERNAL = {
     "pirl.continuous", "pirl.fit", "pirl.mdp", "pirl.pool", "pirl.pool.demonstrations", "pirl.pool.samples",
     "pirl.pool.tables", "pirl.rewards", "pirl.sampled", "pirl.trajectories",
     # What the rooms are built from.
-    "pirl.backups", "pirl.cli", "pirl.convergence", "pirl.gaussian_integrals", "pirl.model_file", "pirl.replicates",
-    "pirl.setting", "pirl.soft_values", "pirl.stationary", "pirl.statistics", "pirl.study_rows", "pirl.summary",
-    "pirl.transitions", "pirl.uniformity",
+    "pirl.backups", "pirl.branches", "pirl.cli", "pirl.convergence", "pirl.gaussian_integrals", "pirl.model_file",
+    "pirl.quantities", "pirl.replicates", "pirl.setting", "pirl.soft_values", "pirl.stationary", "pirl.statistics",
+    "pirl.study_rows", "pirl.summary", "pirl.transitions", "pirl.uniformity",
     "pirl.infer.adaptation", "pirl.infer.batched", "pirl.infer.checkpoint", "pirl.infer.datatree", "pirl.infer.engine",
     "pirl.infer.ensemble", "pirl.infer.hmc", "pirl.infer.importance", "pirl.infer.memory", "pirl.infer.population",
     "pirl.infer.potential", "pirl.infer.progress", "pirl.infer.ranks", "pirl.infer.recorded", "pirl.infer.replicated",

@@ -23,7 +23,8 @@ from pirl.infer.memory import check_memory, free_memory
 from pirl.infer.ranks import join
 from pirl.infer.replicated import run_all
 from pirl.infer.start import NAMED_STARTS
-from pirl.replicates import Comparison, DrawData, Quantity, Study
+from pirl.quantities import Quantity
+from pirl.replicates import Comparison, DrawData, Study
 from pirl.setting import Setting, own_keywords
 from pirl.study_rows import COLUMNS, Rows, groups_of
 

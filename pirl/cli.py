@@ -265,6 +265,13 @@ def calibrate_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the model; repeatable.")
     ] = None,
+    quantities: Annotated[
+        list[str] | None,
+        typer.Option("--quantity", metavar="SITE", help="Rank this, which the model records, as well; repeatable."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Replicates that chees samples at once; 1 judges its adaptation as well.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="STUDY.nc", help="Where to write the study.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="RANKS.png", help="Where to draw the ranks.")] = None,
     recovery: Annotated[
@@ -292,6 +299,7 @@ def calibrate_command(
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup, "device": device,
         "num_replicates": replicates, "num_draws": draws, "seed": seed, "progress": progress, "checkpoint": checkpoint,
+        "quantities": quantities or None, "batch": batch,
     }  # fmt: skip
     try:
         with _short_warnings():

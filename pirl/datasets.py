@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from pirl.distributions import MaxCausalEntTrajectory, MaxEntTrajectory
-from pirl.errors import DataError, InvalidTrajectoriesError, OptionError, check_counts
+from pirl.errors import DataError, InvalidTrajectoriesError, OptionError, check_counts, first_line
 from pirl.mdp import TabularMDP
 from pirl.trajectories import Trajectories
 
@@ -169,7 +169,7 @@ def mouse_labyrinth(folder: str | Path) -> tuple[Trajectories, Trajectories]:
         raise DataError(f"{path} cannot be read ({error.strerror}): it comes with Ashwood et al. (2022)") from None
     except Exception as error:  # a damaged archive has as many kinds of them as zip, zlib and NumPy have parts
         names = ", ".join(_MOUSE_ARRAYS)
-        raise DataError(f"{path} is not an archive of whole numbers {names}: {error}".splitlines()[0]) from None
+        raise DataError(f"{path} is not an archive of whole numbers {names}: {first_line(error)}") from None
     states, actions, *split = arrays
     try:
         demos = Trajectories(states, actions)
@@ -299,7 +299,7 @@ def _read_matrix(path: Path, num_rows: int) -> np.ndarray[Any, np.dtype[np.int64
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): a folder of Rust's format holds it") from None
     except ValueError as error:
-        raise DataError(f"{path} is not a matrix of numbers: {error}".splitlines()[0]) from None
+        raise DataError(f"{path} is not a matrix of numbers: {first_line(error)}") from None
     if matrix.shape[1] == 1:
         if matrix.size == 0 or matrix.size % num_rows:
             raise DataError(

@@ -169,6 +169,17 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows in further lines (Pyro adds a table of shapes); its name if nothing.
+
+    Example:
+        >>> first_line(ValueError("of two lines\\nthe second")), first_line(KeyError())
+        ('of two lines', 'KeyError')
+    """
+    line = next(iter(str(error).strip().splitlines()), "").strip()
+    return line if line and not line.startswith("Trace Shapes:") else type(error).__name__
+
+
 def is_count(x: Any, least: int = 1) -> bool:
     """Whether something is a whole number, and large enough.
 

@@ -19,9 +19,10 @@ from jaxtyping import Float
 from pirl.errors import CheckpointError, CheckpointWarning, InterruptedWarning, ModelError, OptionError, PirlError, warn
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named
-from pirl.infer.progress import progress_bar
+from pirl.infer.progress import progress_bar, say
 from pirl.infer.ranks import Ranks
-from pirl.replicates import QUANTILES, Comparison, Study
+from pirl.quantities import QUANTILES
+from pirl.replicates import Comparison, Study
 
 __all__ = ["COLUMNS", "Rows", "groups_of"]
 
@@ -59,7 +60,11 @@ class Rows:
     ) -> None:
         """Make the replicates that are missing, saving them on the way."""
         checkpoint = self._open(path, {**identity, "batch": self.batch})
-        bar = progress_bar("calibrate", len(self.numbers), progress and self.ranks.leads)
+        visible = progress and self.ranks.leads
+        if self.done:
+            have = f"{min(len(self.done), len(self.numbers)):,} of {len(self.numbers):,} replicates"
+            say(f"{path} has {have}; the study goes on from there", visible)
+        bar = progress_bar("calibrate", len(self.numbers), visible)
         with bar as update, _leaving_in_order(checkpoint is not None):
             try:
                 while missing := self.numbers[len(self.done) :][: self.batch]:

@@ -11,7 +11,8 @@ from jaxtyping import Int
 
 from pirl.convergence import element_names
 from pirl.errors import OptionError, counted, form
-from pirl.replicates import LOG_LIKELIHOOD, check_study
+from pirl.quantities import LOG_LIKELIHOOD
+from pirl.replicates import check_study
 from pirl.uniformity import holm, p_values
 
 if TYPE_CHECKING:
@@ -234,6 +235,7 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     torn = float((stats["rhat"][lived] > BAD_RHAT).mean())
     if engine in APPROXIMATE:  # which has no chains
         few = torn = 0.0
+    on_whole = " on the whole" if few > OFTEN or torn > OFTEN else ""  # of single posteriors the last lines tell
     if len(out):
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
         why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
@@ -252,8 +254,8 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         lines = [f"Nothing leaves its band, but {many} tell too little: make {FEWEST} at least."]
     else:
         lines = [
-            f"Calibrated, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay in their "
-            f"band (shares are known to +-{margin:.2f})."
+            f"Calibrated{on_whole}, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay "
+            f"in their band (shares are known to +-{margin:.2f})."
         ]
     # The correlation of so many replicates is off by so much: few of them cannot tell that the data tell nothing.
     rows = found.drop(index=LOG_LIKELIHOOD, errors="ignore")

@@ -171,6 +171,12 @@ def test_chains_that_are_too_short_are_the_first_cause(monkeypatch: pytest.Monke
     found.attrs["engine"] = "chees"
     told = words(found, verdicts(found))
     assert "The chains are too short" in told[0] and any("chains disagree" in line for line in told)
+    well = study(monkeypatch, exact())
+    well.attrs["engine"] = "chees"
+    assert words(well, verdicts(well))[0].startswith("Calibrated, as far as")
+    well["sample_stats"]["rhat"].values[0, ::10] = 1.2
+    told = words(well, verdicts(well))
+    assert told[0].startswith("Calibrated on the whole, as far as") and "In 10% of the posteriors chains" in told[1]
 
 
 def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -942,7 +948,7 @@ def test_return_gaps_see_no_shaping() -> None:
     table = pirl.MaxCausalEntTrajectory(mdp, reward, lengths=lengths).sample()
     demos = pirl.Trajectories(table[..., 0], table[:, :-1, 1])
     potential = Potential(model, (demos, mdp))
-    ((name, gap),) = pirl.replicates._return_gaps(potential, {"r": torch.stack([reward, shaped, 2 * reward])})
+    ((name, gap),) = pirl.quantities.return_gaps(potential, {"r": torch.stack([reward, shaped, 2 * reward])})
     assert name == "return_gap"
     torch.testing.assert_close(gap[1], gap[0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gap[2], 2 * gap[0])
@@ -957,6 +963,7 @@ import pyro, pyro.distributions as dist, torch
 
 def model(data, scale):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("twice", 2 * mu)
     with pyro.plate("item", len(data)):
         pyro.sample("x", dist.Normal(mu, scale), obs=data)
 
@@ -984,6 +991,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit) as done:
         app(["summary", names[0]], prog_name="pirl")
     assert not done.value.code and told == capsys.readouterr().out + "".join(f"wrote {name}\n" for name in names)
+    saved = ["--checkpoint", str(tmp_path / "study.ckpt"), "--quantity", "twice", "--draws", "9"]
+    for count in ("20", "21"):
+        assert call(str(path), "--replicates", count, *saved) == 0
+    out, err = capsys.readouterr()
+    assert err == f"pirl: {saved[1]} has 20 of 21 replicates; the study goes on from there\n" and "twice" in out
+    assert call(str(path), "--batch", "2") == 2 and "batch=2 needs engine 'chees'" in capsys.readouterr().err
+    assert call(str(path), "--quantity", "thrice") == 2 and "'thrice' is not recorded" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         app(["diagnose", names[0]], prog_name="pirl")
     assert done.value.code == 2 and "pirl.files.read_result reads it" in capsys.readouterr().err

@@ -228,3 +228,15 @@ def test_validation_is_on_once_and_off_afterwards() -> None:
         potential = Potential(model)
         potential({"x": torch.tensor(0.0)})
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize(("raised", "told"), [((), "ValueError$"), (("no bus\nat all",), "no bus$")])
+def test_what_a_model_raises_is_told_in_a_line(raised: tuple[str, ...], told: str) -> None:
+    """Also where it says nothing, to which Pyro adds its table of shapes."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        raise ValueError(*raised)
+
+    with pytest.raises(errors.ModelError, match=f"at a draw from its prior: {told}"):
+        Potential(model)

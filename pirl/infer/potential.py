@@ -23,7 +23,7 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
-from pirl.errors import DiscreteLatentError, ModelError, PirlError
+from pirl.errors import DiscreteLatentError, ModelError, PirlError, first_line
 
 Values = dict[str, Tensor]
 
@@ -66,7 +66,8 @@ def bijection(fn: Any) -> Transform:
     return biject_to(support.base_constraint if isinstance(support, MixtureSameFamilyConstraint) else support)
 
 
-def _base(fn: Any) -> Any:
+def base_of(fn: Any) -> Any:
+    """The distribution inside of others."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
@@ -79,7 +80,7 @@ def kind_of(message: Mapping[str, Any]) -> str:
     if not message["is_observed"]:
         return "latent"
     # A site that Pyro reparametrised is a point mass at a function of other sites, as a deterministic one is.
-    if message["infer"].get("_deterministic") or isinstance(_base(message["fn"]), pyro.distributions.Delta):
+    if message["infer"].get("_deterministic") or isinstance(base_of(message["fn"]), pyro.distributions.Delta):
         return "deterministic"
     return "factor" if isinstance(message["fn"], pyro.distributions.Unit) else "observed"
 
@@ -394,9 +395,7 @@ def _survey_once(
             raise
         if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise
-        raise ModelError(
-            f"the model cannot be evaluated at a draw from its prior: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"the model cannot be evaluated at a draw from its prior: {first_line(error)}") from error
     sites = {}
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or (kind := kind_of(node)) == "plate":

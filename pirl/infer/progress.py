@@ -131,6 +131,13 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[floa
         yield lambda done, note: view.update(int(done), note=note)
 
 
+def say(line: str, shown: bool) -> None:
+    """Write a line that stays, above the live view; a terminal that cannot be written to is no reason to end a run."""
+    if shown and sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(f"pirl: {line}", file=sys.stderr, flush=True)
+
+
 def _clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
@@ -238,8 +245,7 @@ class _Log:
 
     def show(self, line: str, share: float) -> None:
         """Write the line; a log that cannot be written to is no reason to end the run."""
-        with suppress(OSError, ValueError):
-            print(f"pirl: {line}", file=sys.stderr, flush=True)
+        say(line, shown=True)
 
     def close(self) -> None:
         """What is written stays."""

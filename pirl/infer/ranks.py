@@ -18,7 +18,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from pirl.errors import RankError
+from pirl.errors import RankError, first_line
 
 TIMEOUT = timedelta(minutes=30)
 """For how long a rank waits for the others' share of one step before it gives up."""
@@ -85,9 +85,8 @@ def _named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise RankError(
-            f"another process of this run has ended or does not answer, so this one ends too: {reason}"
+            f"another process of this run has ended or does not answer, so this one ends too: {first_line(error)}"
         ) from error
 
 

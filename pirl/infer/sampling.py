@@ -27,7 +27,7 @@ from pirl.errors import (
 from pirl.infer.checkpoint import Arrays, Checkpoint
 from pirl.infer.engine import laid_out
 from pirl.infer.potential import Potential
-from pirl.infer.progress import LiveView
+from pirl.infer.progress import LiveView, say
 from pirl.infer.ranks import Ranks
 
 Stats = dict[str, Tensor]
@@ -109,10 +109,14 @@ def sample(
         raise RankError("the processes read different checkpoints: put the file on a disk that all of them share")
     total, step = num_warmup + num_samples, begin
     scale = total if num_samples else 100
+    shown = progress and ranks.leads
+    if checkpoint is not None and begin:
+        done = min(1.0, sampler.reached(begin, scale) / max(scale, 1))
+        say(f"{checkpoint.path} has {done:.0%} of this run, which goes on from there", shown)
     asked, leave = _Asked(), False
     with (
         asked.listening(terminate=checkpoint is not None),
-        LiveView(sampler.label, scale, progress and ranks.leads) as view,
+        LiveView(sampler.label, scale, shown) as view,
     ):
         while step < total and not sampler.finished:
             draws, stats = sampler.advance(step)

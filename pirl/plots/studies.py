@@ -12,7 +12,8 @@ from jaxtyping import Float
 from pirl.convergence import element_names
 from pirl.errors import OptionError, counted
 from pirl.plots.style import BLUE, ORANGE, new_figure
-from pirl.replicates import LOG_LIKELIHOOD, check_study
+from pirl.quantities import LOG_LIKELIHOOD
+from pirl.replicates import check_study
 from pirl.uniformity import band, holm, p_values, shares_below
 
 if TYPE_CHECKING:

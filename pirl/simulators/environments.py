@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import HorizonError, MissingDependencyError, OptionError, check_counts, form, is_count
+from pirl.errors import HorizonError, MissingDependencyError, OptionError, check_counts, first_line, form, is_count
 from pirl.simulators.playing import checked_states, play
 from pirl.simulators.protocols import Generator, Policy
 from pirl.simulators.rollouts import Rollouts
@@ -30,8 +30,7 @@ def made_environment(env: Any, horizon: int | None = None, **options: Any) -> tu
         try:
             made: Any = gymnasium.make(env, max_episode_steps=horizon, **options)
         except (gymnasium.error.Error, ImportError, TypeError, ValueError) as error:
-            hint = (str(error).splitlines() or [""])[0]
-            raise OptionError(f"gymnasium cannot make {env!r}: {hint}") from error
+            raise OptionError(f"gymnasium cannot make {env!r}: {first_line(error)}") from error
     else:
         made = env() if callable(env) else env
     if not isinstance(made, gymnasium.Env):

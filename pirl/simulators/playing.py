@@ -17,6 +17,7 @@ from pirl.errors import (
     SimulatorError,
     check_counts,
     check_generator,
+    first_line,
     form,
 )
 from pirl.simulators.protocols import (
@@ -165,7 +166,7 @@ def asked(when: str, call: Callable[[], Answer]) -> Answer:
     try:
         return call()
     except Exception as error:
-        cause = (str(error).splitlines() or [""])[0]
+        cause = first_line(error)
         if isinstance(error, TypeError) and "argument" in cause:
             cause += "; it is called as reset(num, generator), and step(states, actions, generator)"
         raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
@@ -221,7 +222,7 @@ def _decides(call: Callable[[], Any], step: int, states: Tensor) -> Tensor:
     except PirlError:
         raise
     except Exception as error:
-        cause = (str(error).splitlines() or [""])[0]
+        cause = first_line(error)
         raise InvalidPolicyError(
             f"the policy failed {given}: {type(error).__name__}: {cause}: is it one for such states and actions?"
         ) from error

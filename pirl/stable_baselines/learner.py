@@ -21,7 +21,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
-from pirl.errors import OptionError, check_counts, check_numbers
+from pirl.errors import OptionError, check_counts, check_numbers, first_line
 from pirl.simulators import Policy
 from pirl.simulators.protocols import Generator
 from pirl.stable_baselines.actions import EDGE, Actions, parameters
@@ -166,7 +166,7 @@ class StableBaselines:
                     "MlpPolicy", self._played, replay_buffer_class=_SoftReplay, replay_buffer_kwargs=soft, **options
                 )
         except (TypeError, ValueError, AssertionError) as error:
-            raise OptionError(f"stable-baselines3: {(str(error).splitlines() or [''])[0]}") from error
+            raise OptionError(f"stable-baselines3: {first_line(error)}") from error
         finally:
             self._random = _random_state()
             _set_random_state(theirs)
