@@ -97,6 +97,7 @@ def calibrate(
             draws depend on which others are sampled with them.
         device, dtype: move the arguments there first.
         progress: show how far it is in terminals and notebooks; elsewhere write a line a minute to standard error.
+            Say how much a checkpoint has.
         checkpoint: a file that replicates are saved to as they are done, every half a minute, on Ctrl-C and on SIGTERM;
             the same call goes on from there, also to more replicates (of an unfinished batch all are made anew).
         batch: replicates that chees samples at once: the model runs once for all their chains, where it keeps batch
@@ -162,10 +163,12 @@ def calibrate(
         if num_replicates < ranks.size:
             raise OptionError(f"num_replicates is {num_replicates}, fewer than the {ranks.size} processes: start fewer")
         study = Study(model, setting, quantities, draw_data, seed)
+        own = study.at_truth(0) if study.quantities else {}
+        numbers = [x for name in sorted(own) for x in own[name]]
         identity = {
             "kind": "calibration", "model": getattr(model, "__name__", type(model).__name__), "engine": engine,
             "seed": seed, **counts,
-            "num_draws": num_draws, "quantities": study.at_truth(0) if study.quantities else {},
+            "num_draws": num_draws, "quantities": sorted(study.quantities),
             "draw_data": draw_data is not None,
             **{f"option {name}": options.get(name) for name in engine_options(run)},
         }  # fmt: skip
@@ -209,16 +212,12 @@ def calibrate(
             found = run_all(potentials, model, data, **chains, told=shown)
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
-        fits = engine == "chees" and draw_data is None and options.keys() <= BATCHED
-        fits = fits and options.get("init", NAMED_STARTS[0]) in NAMED_STARTS
-        if batch is not None and batch > 1 and not fits:
-            raise OptionError(
-                f"batch={batch} needs engine 'chees', no draw_data=, of its options {sorted(BATCHED)} only, "
-                f"and of its starts {NAMED_STARTS}"
-            )
-        at_once = (batch or max(1, AT_ONCE // counts["num_chains"])) if fits else 1
+        alone = _one_by_one(engine, draw_data, options)
+        if batch is not None and batch > 1 and alone:
+            raise OptionError(f"batch={batch} cannot be: {alone}; leave it out")
+        at_once = 1 if alone else batch or max(1, AT_ONCE // counts["num_chains"])
         rows = Rows(study, num_replicates, ranks, at_once, must=batch is not None)
-        rows.fill(one, many, checkpoint, identity, progress)
+        rows.fill(one, many, checkpoint, identity, numbers, progress)
         found = rows.gathered()
         if not ranks.leads:
             return None  # type: ignore[return-value]
@@ -241,3 +240,16 @@ def calibrate(
         attrs["failures"] = "; ".join(said[:3])
     used = {dim for group in groups.values() for layout, _ in group.values() for dim in layout}
     return to_datatree(groups, {dim: labels for dim, labels in (coords or {}).items() if dim in used}, attrs)
+
+
+def _one_by_one(engine: str, draw_data: DrawData | None, options: Mapping[str, Any]) -> str:
+    """Why replicates cannot be sampled at once; nothing where they can."""
+    if engine != "chees":
+        return f"engine {engine!r} samples replicates one by one, 'chees' many at once"
+    if draw_data is not None:
+        return "the data are drawn by draw_data, one replicate after the other"
+    if unfit := sorted(options.keys() - BATCHED):
+        return f"with the option {unfit[0]} replicates are sampled one by one"
+    if options.get("init", NAMED_STARTS[0]) not in NAMED_STARTS:
+        return f"init gives values, and many replicates start by one of {', '.join(map(repr, NAMED_STARTS))}"
+    return ""

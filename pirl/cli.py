@@ -286,7 +286,8 @@ def calibrate_command(
     """Check by simulation that the posteriors of a model file are what they claim to be.
 
     Parameters are drawn from the prior, data from the model, posteriors by the engine. The exit status is 1 if the
-    ranks of the truth leave their band. Sizes are those of a study, and not those of the file's defaults.
+    ranks of the truth leave their band, or a replicate failed. Sizes are those of a study, and not those of the
+    file's defaults.
     """
     from pirl.verdicts import print_verdicts, stays_in_bands
 

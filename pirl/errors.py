@@ -176,8 +176,22 @@ def first_line(error: BaseException) -> str:
         >>> first_line(ValueError("of two lines\\nthe second")), first_line(KeyError())
         ('of two lines', 'KeyError')
     """
+    return _said(error) or type(error).__name__
+
+
+def named_line(error: BaseException) -> str:
+    """The name of an error, and what it says in its first line.
+
+    Example:
+        >>> named_line(ValueError("of two lines\\nthe second")), named_line(AssertionError())
+        ('ValueError: of two lines', 'AssertionError')
+    """
+    return ": ".join(filter(None, (type(error).__name__, _said(error))))
+
+
+def _said(error: BaseException) -> str:
     line = next(iter(str(error).strip().splitlines()), "").strip()
-    return line if line and not line.startswith("Trace Shapes:") else type(error).__name__
+    return "" if line.startswith("Trace Shapes:") else line
 
 
 def is_count(x: Any, least: int = 1) -> bool:

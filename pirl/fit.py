@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, warn
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, check_counts, named_line, warn
 from pirl.infer import Potential, get_engine
 from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, describe, planned, to_datatree
@@ -82,6 +82,7 @@ def fit(
         seed: reproduces every number exactly on the same machine.
         device, dtype: move the arguments there first. Tensors that a model closes over stay where they are.
         progress: show how the run goes in terminals and notebooks; elsewhere write a line a minute to standard error.
+            Say how much a checkpoint has.
         checkpoint: a file that the run saves itself to, every half a minute and when it is interrupted; the same call
             then goes on from there and gives the same draws, bit by bit. With more ``num_samples`` it draws on.
         log_likelihood: keep the log-likelihood of each observation (for LOO), which may be the largest part.
@@ -296,8 +297,9 @@ def _check_simulation(potential: Potential, setting: Setting) -> None:
         return
     except (TypeError, AttributeError) as error:
         raise ModelError(
-            f"the model cannot simulate, where demonstrations are hidden and demos.as_tensor() is None ({error}): use "
-            "that as obs= only, or leave out the predictive groups by num_prior=0, num_posterior_predictive=0"
+            "the model cannot simulate, where demonstrations are hidden and demos.as_tensor() is None "
+            f"({named_line(error)}): use that as obs= only, or leave out the predictive groups by num_prior=0, "
+            "num_posterior_predictive=0"
         ) from error
 
 

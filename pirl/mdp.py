@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidMDPError, InvalidRewardError, RewardTimingError, UnboundedProblemError
+from pirl.errors import InvalidMDPError, InvalidRewardError, RewardTimingError, UnboundedProblemError, first_line
 from pirl.transitions import TransitionMap
 
 _ROW_SUM_TOLERANCE = 1e-8
@@ -364,7 +364,7 @@ def _floating(x: Any, name: str, like: Tensor | None = None) -> Tensor:
     try:  # plain lists are float64, as in NumPy
         tensor = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x), device=getattr(like, "device", None))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidMDPError(f"{name} cannot be read as a tensor: {error}") from None
+        raise InvalidMDPError(f"{name} cannot be read as a tensor: {first_line(error)}") from None
     if like is not None:
         return tensor.to(dtype=like.dtype, device=like.device)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float64)
@@ -397,7 +397,7 @@ def _mask(mask: Any, shape: tuple[int, ...], name: str, default: bool, like: Ten
     try:
         mask = torch.as_tensor(mask, device=like.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidMDPError(f"{name} cannot be read as a tensor: {error}") from None
+        raise InvalidMDPError(f"{name} cannot be read as a tensor: {first_line(error)}") from None
     mask = mask if mask.numel() else mask.long()  # an empty list of state numbers
     mask = mask if mask.dim() or mask.dtype == torch.bool else mask.reshape(1)  # one state's number
     if mask.dtype != torch.bool and len(shape) == 1 and not mask.is_floating_point():  # a list of state numbers

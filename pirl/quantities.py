@@ -7,16 +7,17 @@ of the data shows, such as a posterior that ignores them (Modrak et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import ModelError, OptionError, PirlError, first_line, form
+from pirl.errors import ModelError, OptionError, PirlError, form, named_line
 from pirl.infer.potential import Potential, Values
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
@@ -27,14 +28,32 @@ Quantity = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 
 LOG_LIKELIHOOD, RETURN_GAP = "log_likelihood", "return_gap"
 
+_OURS = (LOG_LIKELIHOOD, RETURN_GAP, "chain", "draw", "summary")
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The test quantity that is a site of the model."""
+
+    site: str
+
+    def __call__(self, values: Values, data: Values) -> Tensor:
+        """Its values at the draws."""
+        if self.site not in values:
+            raise OptionError(
+                f"quantity {self.site!r} is not recorded by the model, which has {', '.join(sorted(values))}: record "
+                "it by pyro.deterministic"
+            )
+        return values[self.site]
 
 
 class Ranked(NamedTuple):
     """A test quantity: its truth among draws from the posterior."""
 
     rank: Int[np.ndarray, "*shape"]
-    """Draws below the truth; ties are broken at random."""
+    """Draws below the truth; ties, and what differs by rounding alone, are broken at random."""
     truth: Float[np.ndarray, "*shape"]
     mean: Float[np.ndarray, "*shape"]
     sd: Float[np.ndarray, "*shape"]
@@ -44,39 +63,48 @@ class Ranked(NamedTuple):
 def ranked(name: str, values: Tensor) -> Ranked:
     """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles.
 
+    The truth is evaluated by itself and the draws many at once, which round otherwise, and always to one side: what
+    differs by rounding alone (of log-likelihoods, by less than any data tell) is a tie.
+
     Quantiles are those that a further draw lies below with that probability (Weibull's), so that intervals of few draws
     hold as many truths as they say, from 19 on.
     """
+    rounding = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps ** 0.6
     values = values.detach().cpu().double()
     truth, draws = values[0], values[1:]
     if not bool(values.isfinite().all()):
         raise ModelError(f"test quantity {name!r} is not finite at the truth or at a draw of the posterior")
     order = torch.rand(draws.shape, dtype=draws.dtype) < torch.rand(truth.shape, dtype=draws.dtype)
-    rank = ((draws < truth) | ((draws == truth) & order)).sum(0)
+    least = float(name == LOG_LIKELIHOOD)
+    tie = (draws - truth).abs() <= rounding * torch.maximum(draws.abs(), truth.abs()).clamp(min=least)
+    rank = torch.where(tie, order, draws < truth).sum(0)
     quantiles = np.quantile(draws.numpy(), QUANTILES, axis=0, method="weibull")
     sd = draws.std(0) if len(draws) > 1 else torch.full_like(truth, torch.nan)  # of one draw nobody knows it
     return Ranked(rank.numpy(), truth.numpy(), draws.mean(0).numpy(), sd.numpy(), quantiles)
 
 
 def quantities_at(
-    potential: Potential, both: Mapping[str, Values], own: Mapping[str, Quantity]
+    potential: Potential, draws: Mapping[str, Values], own: Mapping[str, Quantity]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each test quantity at the draws of ``both``, ``[D, *shape]``: what a site, or the data, make of each.
+    """Each test quantity by name, ``[D, *shape]``.
 
     They are the elements of each latent site (but of those that are not ``identified``), the log-likelihood, where
     trajectories of a TabularMDP are observed the *return gap* (see :func:`return_gaps`), and a user's ``own``.
 
+    Args:
+        draws: the groups of :meth:`Potential.replay` at D draws, of which the truth may be one.
+
     Raises:
         OptionError: one of a user's is not a number for each draw.
     """
-    values = both["posterior"]
+    values = draws["posterior"]
     for name, site in potential.latent.items():
         if site.identified:
             yield name, values[name]
     if not all(site.identified for site in potential.latent.values()):
         # What is recorded of them, such as a network's reward; in the order of the model, for all processes.
         yield from ((name, value) for name, value in values.items() if name not in potential.latent)
-    yield LOG_LIKELIHOOD, both["stats"]["log_likelihood"]
+    yield LOG_LIKELIHOOD, draws["stats"]["log_likelihood"]
     yield from return_gaps(potential, {name: values[name] for name in potential.latent})
     yield from own_quantities_at(potential, values, own)
 
@@ -87,8 +115,10 @@ def own_quantities_at(
     """Those of a user, at draws ``[D, *shape]`` of latent and deterministic sites."""
     data = {name: site.value for name, site in potential.sites.items() if site.value is not None}
     for name, quantity in own.items():
-        if name in potential.latent or name in (LOG_LIKELIHOOD, RETURN_GAP):
-            raise OptionError(f"quantity {name!r} has the name of one that is there already: choose another")
+        if name in potential.latent and potential.latent[name].identified:
+            raise OptionError(f"quantity {name!r} is a parameter, which is ranked already: leave it out")
+        if name in values and not isinstance(quantity, Recorded):
+            raise OptionError(f"quantity {name!r} has the name of a site: choose another")
         with named(f"quantity {name!r}"):
             found = quantity(dict(values), data)
         if not isinstance(found, Tensor) or found.shape[:1] != values[next(iter(values))].shape[:1]:
@@ -96,32 +126,23 @@ def own_quantities_at(
         yield name, found
 
 
-def own_quantities(quantities: Mapping[str, Quantity] | Sequence[str]) -> dict[str, Quantity]:
+def own_quantities(quantities: Any) -> dict[str, Quantity]:
     """Test quantities of a user as functions; a name is that of a site.
 
     Raises:
-        OptionError: they are something else.
+        OptionError: they are something else, or have names that results have of their own.
     """
-    if isinstance(quantities, Mapping):
-        for name, quantity in quantities.items():
-            if not callable(quantity):
-                raise OptionError(f"quantity {name!r} is {form(quantity)}: give a function of (draws, data)")
-        return dict(quantities)
-    if isinstance(quantities, str) or not all(isinstance(name, str) for name in quantities):
+    listed = isinstance(quantities, (list, tuple))  # a set has another order in each process
+    names: list[Any] = list(quantities) if listed or isinstance(quantities, Mapping) else [None]
+    if not all(isinstance(name, str) for name in names):
         raise OptionError("quantities must be functions by name, or a list of names that the model records")
-
-    def recorded(name: str) -> Quantity:
-        def quantity(values: Values, data: Values) -> Tensor:
-            if name not in values:
-                raise OptionError(
-                    f"quantity {name!r} is not recorded by the model, which has {', '.join(sorted(values))}: record it "
-                    "by pyro.deterministic"
-                )
-            return values[name]
-
-        return quantity
-
-    return {name: recorded(name) for name in quantities}
+    found: dict[str, Quantity] = {name: Recorded(name) for name in names} if listed else dict(quantities)
+    for name, quantity in found.items():
+        if not callable(quantity):
+            raise OptionError(f"quantity {name!r} is {form(quantity)}: give a function of (draws, data)")
+        if name in _OURS or name.startswith(f"{RETURN_GAP}_"):
+            raise OptionError(f"studies use the name {name!r} themselves: leave that quantity out, or choose another")
+    return found
 
 
 @contextmanager
@@ -132,7 +153,7 @@ def named(what: str) -> Iterator[None]:
     except (PirlError, RuntimeError):
         raise
     except Exception as error:
-        raise ModelError(f"{what} raised {type(error).__name__}: {first_line(error)}") from error
+        raise ModelError(f"{what} raised {named_line(error)}") from error
 
 
 def return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Tensor]]:

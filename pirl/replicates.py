@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pirl.branches import Fitted, fitted_branch
 from pirl.convergence import ess_bulk, rhat
-from pirl.errors import ModelError, OptionError, PirlError, first_line, form
+from pirl.errors import ModelError, OptionError, PirlError, first_line, form, named_line
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
 from pirl.infer.potential import NO_DENSITY, Potential, Values, base_of, own_errors
@@ -45,7 +45,8 @@ class Comparison(NamedTuple):
 
     quantities: dict[str, Ranked]
     ess: float
-    """The least bulk effective sample size of the unconstrained parameters (of those that may be identified)."""
+    """The least bulk effective sample size of the unconstrained parameters that are identified; if none is, of the test
+    quantities. NaN where all of them are constant, or chains have fewer than four draws."""
     rhat: float
     """The largest R-hat of them."""
     divergences: float
@@ -78,7 +79,7 @@ class Study:
         seed: int = 0,
     ) -> None:
         self.model, self.draw_data, self.seed = model, draw_data, seed
-        self.quantities = own_quantities(quantities or {})
+        self.quantities = own_quantities({} if quantities is None else quantities)
         if draw_data is not None and not callable(draw_data):
             raise OptionError(f"draw_data is {form(draw_data)}: give a function of (parameters, arguments)")
         # Who draws the data elsewhere needs a model that says how likely data are, and not that it can do without any.
@@ -100,7 +101,7 @@ class Study:
                     return self._draw()
                 except NO_DENSITY as error:  # a truth without a law is outside of the prior that the posterior has
                     reason = error
-        raise ModelError(f"the model has no law at {_ATTEMPTS} draws from its prior: {reason}")
+        raise ModelError(f"the model has no law at {_ATTEMPTS} draws from its prior: {first_line(reason)}")
 
     def _draw(self) -> Truth:
         try:
@@ -119,7 +120,7 @@ class Study:
                     f"the model does not run on its arguments ({self.fitted.fails}): check it, and their order, {order}"
                 ) from error
             raise ModelError(
-                f"the model does not run without data ({type(error).__name__}: {first_line(error)}): let it sample "
+                f"the model does not run without data ({named_line(error)}): let it sample "
                 "them (obs=demos.as_tensor()), or give draw_data= if it only says how likely data are"
             ) from error
         latent, data = {}, {}
@@ -205,14 +206,19 @@ class Study:
             torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 1)
             found = {name: ranked(name, x) for name, x in quantities_at(potential, both, self.quantities)}
         judged = [value for name, value in draws.values.items() if potential.latent[name].identified]
-        flat = np.concatenate(
-            [value.reshape(chains, count, -1).cpu().numpy() for value in judged or draws.values.values()], -1
-        )
+        if not judged:  # chains may differ in all parameters, and agree on what they mean
+            every = {
+                group: {name: value.flatten(0, 1) for name, value in values.items()}
+                for group, values in replay_draws(potential, draws).items()
+            }
+            judged = [x.unflatten(0, (chains, count)) for _, x in quantities_at(potential, every, self.quantities)]
+        flat = np.concatenate([value.detach().reshape(chains, count, -1).cpu().numpy() for value in judged], -1)
+        ess, torn = ess_bulk(flat), rhat(flat)  # NaN of what never changes, and of fewer than four draws
         diverging = draws.stats.get("diverging")
         return Comparison(
             found,
-            ess=float(np.min(ess_bulk(flat))),
-            rhat=float(np.max(rhat(flat))),
+            ess=float(np.fmin.reduce(ess)),
+            rhat=float(np.fmax.reduce(torn)),
             divergences=0.0 if diverging is None else float(diverging.double().mean()),
         )
 

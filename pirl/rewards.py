@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pirl.errors import InvalidRewardError, form
+from pirl.errors import InvalidRewardError, first_line, form
 
 
 def linear_reward(features: Tensor, weights: Tensor) -> Float[Tensor, "*batch S A"]:
@@ -98,7 +98,7 @@ def neural_reward(network: Callable[[Tensor], Tensor], features: Tensor) -> Floa
     try:
         reward = network(features)
     except RuntimeError as error:
-        message = next(iter(str(error).splitlines()), "")
+        message = first_line(error)
         if not any(word in message for word in ("shape", "size", "dtype", "device")):
             raise
         told = f"{list(features.shape)} of {features.dtype} on {features.device}"

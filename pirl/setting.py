@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pirl.errors import OptionError, form
+from pirl.errors import OptionError, first_line, form
 from pirl.infer.engine import own_generator
 
 
@@ -92,7 +92,7 @@ def own_device(device: torch.device | str) -> torch.device:
     try:
         torch.zeros(1, dtype=torch.uint8, device=device).item()  # "meta" tells no numbers, and "mps" has no float64
     except Exception as error:  # of whatever kind: backends that are not there raise many, and at length
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        told = first_line(error).partition(". ")[0]
         raise OptionError(f"device '{device}' cannot be used ({told}): use another, such as 'cpu'") from None
     if shared:
         torch.cuda.set_device(device)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,7 +15,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from pirl.errors import CheckpointError, CheckpointWarning, InterruptedWarning, ModelError, OptionError, PirlError, warn
+from pirl.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    InterruptedWarning,
+    ModelError,
+    OptionError,
+    PirlError,
+    first_line,
+    warn,
+)
 from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named
 from pirl.infer.progress import progress_bar, say
@@ -56,14 +64,23 @@ class Rows:
         many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
         path: str | os.PathLike[str] | None,
         identity: Mapping[str, Any],
+        numbers: Sequence[float],
         progress: bool,
     ) -> None:
-        """Make the replicates that are missing, saving them on the way."""
-        checkpoint = self._open(path, {**identity, "batch": self.batch})
+        """Make the replicates that are missing, saving them on the way.
+
+        Args:
+            one, many: make a replicate, and many at once.
+            path: of the checkpoint, which knows its study again by ``identity``, and to rounding by ``numbers``.
+            progress: say how far it is.
+        """
+        checkpoint = self._open(path, {**identity, "batch": self.batch}, numbers)
         visible = progress and self.ranks.leads
-        if self.done:
-            have = f"{min(len(self.done), len(self.numbers)):,} of {len(self.numbers):,} replicates"
-            say(f"{path} has {have}; the study goes on from there", visible)
+        if checkpoint is not None and self.done:
+            have, want = f"{checkpoint.path} has", len(self.numbers)
+            share = " of this process" if self.ranks.size > 1 else ""
+            rest = f"{have} {len(self.done):,} of {want:,} replicates{share}; the study goes on from there"
+            say(f"{have} all {want:,} replicates{share}" if len(self.done) >= want else rest, visible)
         bar = progress_bar("calibrate", len(self.numbers), visible)
         with bar as update, _leaving_in_order(checkpoint is not None):
             try:
@@ -85,8 +102,7 @@ class Rows:
                 self._save(checkpoint, now=True)
                 if left.code == 128 + signal.SIGTERM and self.done and not self.unsaved and self.ranks.leads:
                     after = f" after {len(self.done)} replicates" if self.ranks.size == 1 else ""
-                    with suppress(OSError, ValueError):
-                        print(f"pirl: terminated{after}; the same call goes on from {path}", file=sys.stderr)
+                    say(f"terminated{after}; the same call goes on from {path}", shown=True)
                 raise
             finally:
                 self._save(checkpoint, now=True)
@@ -109,9 +125,9 @@ class Rows:
         """Make replicates at once; False where that cannot be done."""
         try:
             results = many(numbers, shown)
-        except ModelError:
+        except ModelError as error:
             if self.must and not self.done:
-                raise
+                raise ModelError(f"{error}; with batch=1 replicates are sampled one by one") from error
             return False
         for found in results:
             self._keep(found)
@@ -125,7 +141,7 @@ class Rows:
         except PirlError as error:
             if not self.done:  # as the others will
                 raise
-            self.reasons[number] = str(error)
+            self.reasons[number] = first_line(error)
             self._append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
 
     def _append(self, row: np.ndarray) -> None:
@@ -140,15 +156,18 @@ class Rows:
         if shapes != self.shapes:
             name = next(iter({**self.shapes, **shapes}.items() - self.shapes.items()), (next(iter(shapes)), ()))[0]
             raise OptionError(f"quantity {name!r} has shape {shapes.get(name)} for one data set and another for others")
-        columns = [column.reshape(-1).astype(float) for x in found.quantities.values() for column in x]
+        # In the order that the file has, whatever order the quantities were asked for in this time.
+        columns = [column.reshape(-1).astype(float) for name in self.shapes for column in found.quantities[name]]
         self._append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
 
-    def _open(self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any]) -> Checkpoint | None:
+    def _open(
+        self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any], numbers: Sequence[float]
+    ) -> Checkpoint | None:
         if path is None:
             return None
         own = os.fspath(path) + (f".{self.ranks.rank}" if self.ranks.size > 1 else "")
         potential = self.study.potential(self.study.draw(0))
-        checkpoint = open_checkpoint(own, potential, {**identity, "processes": self.ranks.size})
+        checkpoint = open_checkpoint(own, potential, {**identity, "processes": self.ranks.size}, numbers)
         if (arrays := checkpoint.load()) is not None:
             told = json.loads(arrays["layout"].item())
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}

@@ -75,7 +75,7 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
         for element, label in enumerate(element_names(data)):
             index.append(label)
             known = truth[:, element]
-            spread = known.var()
+            spread = known.var(ddof=1) if len(known) > 1 else 0.0
             all_ranks.append(ranks[:, element])
             rows.append(
                 {
@@ -233,9 +233,10 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     margin = 1.96 * 0.5 / np.sqrt(count)
     few = float((stats["ess"][lived] < FEW_DRAWS * num_draws).mean())
     torn = float((stats["rhat"][lived] > BAD_RHAT).mean())
+    unknown = float(np.isnan(stats["rhat"][lived]).mean())
     if engine in APPROXIMATE:  # which has no chains
-        few = torn = 0.0
-    on_whole = " on the whole" if few > OFTEN or torn > OFTEN else ""  # of single posteriors the last lines tell
+        few = torn = unknown = 0.0
+    on_whole = " on the whole" if max(few, torn, unknown) > OFTEN else ""  # of single posteriors the last lines tell
     if len(out):
         names = ", ".join(f"{name} ({row['finding']})" for name, row in out.iterrows())
         why = "it approximates" if engine in APPROXIMATE else "the chains are too short"
@@ -249,6 +250,11 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
                 f"A sound study departs as far with probability {least:.2g} at most: another seed, or more "
                 "replicates, tell whether it was chance."
             )
+    elif not lived.all():
+        lines = [
+            f"Not known to be calibrated: the ranks of {counted(count, 'replicate')} stay in their band, but others "
+            "failed, and perhaps because of their truths."
+        ]
     elif count < FEWEST:
         many = counted(count, "replicate")
         lines = [f"Nothing leaves its band, but {many} tell too little: make {FEWEST} at least."]
@@ -273,6 +279,10 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         )
     if torn > OFTEN:
         lines.append(f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer.")
+    if unknown > OFTEN:
+        lines.append(
+            f"Of {unknown:.0%} of the posteriors R-hat is unknown: draws that never change, or fewer than 4 a chain."
+        )
     diverging = float((stats["divergences"][lived] > 0).mean())
     if diverging > OFTEN:
         lines.append(f"{diverging:.0%} of the posteriors have divergent transitions.")
@@ -295,7 +305,8 @@ def _words(rank: np.ndarray, num_draws: int) -> str:
     place = (rank + 0.5) / (num_draws + 1) - 0.5
     shift = place.mean() * np.sqrt(12 * len(rank))
     # A shift alone moves ranks to one end: away from the middle, and nearer to each other.
-    spreads = [((x**2).mean() - 1 / 12) * np.sqrt(180 * len(rank)) for x in (place, place - place.mean())]
+    known = (1 - 1 / (num_draws + 1) ** 2) / 12  # the variance of as many ranks, evenly spaced
+    spreads = [((x**2).mean() - known) * np.sqrt(180 * len(rank)) for x in (place, place - place.mean())]
     spread = min(spreads, key=abs) if min(spreads) * max(spreads) > 0 else 0.0
     found = [(abs(shift), "low" if shift > 0 else "high"), (abs(spread), "narrow" if spread > 0 else "wide")]
     said = [word for size, word in sorted(found, reverse=True) if size >= 2]

@@ -38,6 +38,7 @@ from pirl.infer.replicated import ReplicatedPotential, run_all
 from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
 from pirl.plots.style import ORANGE
+from pirl.quantities import own_quantities
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
 from pirl.uniformity import holm, p_values
@@ -115,6 +116,11 @@ def test_unsound_posteriors_are_called_what_they_are(
     assert not any("A sound study" in line for line in told)  # of 200 replicates, with p-values of 1e-4 and less
 
 
+def test_few_ranks_have_the_spread_of_few_ranks() -> None:
+    """Of two ranks the variance is 1/16 and not 1/12: a shift is not a spread as well."""
+    assert judge(np.repeat([0, 1], [140, 60])[:, None], 1, ["mu"]).loc["mu", "finding"] == "posterior too high"
+
+
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_table_is_whole_on_any_screen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
@@ -177,6 +183,33 @@ def test_chains_that_are_too_short_are_the_first_cause(monkeypatch: pytest.Monke
     well["sample_stats"]["rhat"].values[0, ::10] = 1.2
     told = words(well, verdicts(well))
     assert told[0].startswith("Calibrated on the whole, as far as") and "In 10% of the posteriors chains" in told[1]
+    well["sample_stats"]["rhat"].values[:] = 1.0
+    well["sample_stats"]["ess"].values[0, ::10] = 49.0
+    told = words(well, verdicts(well))
+    assert told[0].startswith("Calibrated on the whole, as far as") and "10% of the posteriors have fewer" in told[1]
+
+
+def test_chains_of_which_nothing_is_known_are_not_taken_for_good_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = study(monkeypatch, exact(), num_chains=40, num_samples=3)
+    found.attrs["engine"] = "chees"
+    assert np.isnan(found["sample_stats"]["rhat"]).all()
+    told = words(found, verdicts(found))
+    assert told[0].startswith("Calibrated on the whole") and "Of 100% of the posteriors R-hat is unknown" in told[1]
+
+
+def test_likelihoods_that_differ_by_rounding_alone_are_ties() -> None:
+    """The truth is evaluated by itself and draws many at once, which round to one side: an exact posterior failed."""
+
+    def blind(x: Tensor, y: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("item", len(x)):
+            pyro.sample("y", dist.Normal(x @ weights, 1.3), obs=y)
+
+    sizes = {"engine": "laplace", "num_replicates": 60, "num_draws": 39, "progress": False}
+    found = pirl.calibrate(blind, torch.zeros(30, 2, dtype=torch.float64), torch.zeros(30).double(), **sizes)
+    assert found["recovery"]["log_likelihood"].sel(summary="sd").max() < 1e-12
+    assert verdicts(found).loc["log_likelihood", "p_value"] > 1e-3
+    assert 0.3 < found["ranks"]["log_likelihood"].mean() / 39 < 0.7  # 5.4 standard errors of 60 uniform ranks
 
 
 def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +486,9 @@ def test_failures_are_counted_and_no_study_with_failures_passes(monkeypatch: pyt
     found = study(monkeypatch, failing(5), num_replicates=50)
     assert int(found["sample_stats"]["failed"].sum()) == 10
     assert not is_calibrated(found)
-    assert "10 of 50 replicates failed: replicate 4: no start" in " ".join(words(found, verdicts(found)))
+    told = words(found, verdicts(found))
+    assert told[0].startswith("Not known to be calibrated: the ranks of 40 replicates stay in their band, but others f")
+    assert "10 of 50 replicates failed: replicate 4: no start" in " ".join(told)
     with pytest.raises(NonFiniteError):  # what fails at once will always fail
         study(monkeypatch, failing(1), num_replicates=5)
 
@@ -628,8 +663,12 @@ def test_chains_sampled_at_once_start_where_they_are_told() -> None:
     precision = 1 + 4 / SCALE**2
     means = (50.0 + data["x"].sum(-1) / SCALE**2) / precision
     assert ((first["laplace"].mean(1).squeeze() - means).abs() < 4.5 * 2 / (4 * precision) ** 0.5).all()
-    with pytest.raises(OptionError, match="starts"):
+    with pytest.raises(OptionError, match="batch=2 cannot be: init gives values, and many replicates start by one of"):
         pirl.calibrate(far, DATA, batch=2, init={"mu": torch.tensor(50.0)}, progress=False)
+    with pytest.raises(OptionError, match="batch=2 cannot be: with the option loop"):
+        pirl.calibrate(far, DATA, batch=2, loop=True, progress=False)
+    with pytest.raises(OptionError, match="batch=2 cannot be: the data are drawn by draw_data"):
+        pirl.calibrate(far, DATA, batch=2, draw_data=lambda truth, given: {"data": DATA}, progress=False)
 
 
 def test_one_chain_a_replicate_has_no_spread_to_learn_from() -> None:
@@ -646,7 +685,7 @@ def test_models_that_mix_replicates_are_sampled_one_by_one() -> None:
             pyro.sample("x", dist.Normal(weights[0] + weights[1], SCALE), obs=data)
 
     sizes = {"num_replicates": 2, "num_chains": 4, "num_warmup": 20, "num_samples": 30, "progress": False}
-    with pytest.raises(ModelError, match="data sets at once"):
+    with pytest.raises(ModelError, match="data sets at once.*; with batch=1 replicates are sampled one by one"):
         pirl.calibrate(mixing, DATA, batch=2, **sizes)
     assert pirl.calibrate(mixing, DATA, **sizes).attrs["num_replicates"] == 2
 
@@ -707,7 +746,7 @@ def test_data_may_be_drawn_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_of_quantities_and_dims_are_checked() -> None:
     sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
     for name in ("mu", "log_likelihood"):
-        with pytest.raises(OptionError, match="choose another"):
+        with pytest.raises(OptionError, match=f"{name!r}.*: leave (it|that quantity) out"):
             pirl.calibrate(normal, DATA, quantities={name: lambda draws, data: draws["mu"]}, **sizes)
     with pytest.raises(OptionError, match="dims names 'my'"):
         pirl.calibrate(normal, DATA, dims={"my": ["x"]}, **sizes)
@@ -783,16 +822,71 @@ def test_a_study_that_is_terminated_saves_itself(
     np.testing.assert_array_equal(again["ranks"]["mu"].values, whole["ranks"]["mu"].values)
 
 
+def test_a_study_that_goes_on_keeps_its_quantities_apart(tmp_path: Path) -> None:
+    """In whatever order they are asked for this time."""
+    model, options = recorder, {"engine": "laplace", "num_draws": 9, "progress": False}
+
+    def quantities(names: list[str]) -> dict[str, Callable[..., Tensor]]:
+        return {name: lambda draws, data, sign=int(f"{name}1"): sign * draws["mu"] for name in names}
+
+    asked = {"checkpoint": tmp_path / "study.ckpt", **options}
+    pirl.calibrate(model, DATA, num_replicates=3, quantities=quantities(["+", "-"]), **asked)
+    longer = pirl.calibrate(model, DATA, num_replicates=6, quantities=quantities(["-", "+"]), **asked)
+    whole = pirl.calibrate(model, DATA, num_replicates=6, quantities=quantities(["+", "-"]), **options)
+    for name in ("+", "-"):
+        assert longer["ranks"][name].equals(whole["ranks"][name])
+    assert not whole["ranks"]["+"].equals(whole["ranks"]["-"])
+
+
+@pytest.mark.parametrize(
+    ("quantities", "told"),
+    [
+        ({"twice"}, "a list of names"),  # whose order differs between processes
+        ((name for name in ["twice"]), "a list of names"),
+        (3, "a list of names"),
+        ([3], "a list of names"),
+        ({3: len}, "a list of names"),
+        ({"draw": len}, "use the name 'draw' themselves: leave"),
+        (["return_gap_walks"], "use the name 'return_gap_walks' themselves: leave"),
+        ({"q": 3}, "'q' is an int: give a function"),
+        (["mu"], "'mu' is a parameter, which is ranked already"),
+        ({"mu": lambda draws, data: draws["mu"]}, "'mu' is a parameter, which is ranked already"),
+        ({"twice": lambda draws, data: draws["mu"]}, "'twice' has the name of a site"),
+    ],
+)
+def test_quantities_that_cannot_be_are_refused(quantities: Any, told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        found = own_quantities(quantities)
+        pirl.calibrate(recorder, DATA, quantities=found, engine="laplace", num_replicates=2, num_draws=9)
+
+
+def test_a_parameter_that_is_not_identified_is_ranked_where_asked_for() -> None:
+    def model(data: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0), infer={"identified": False})
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, SCALE), obs=data)
+
+    sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
+    assert "mu" not in pirl.calibrate(model, DATA, **sizes)["ranks"]
+    assert "mu" in pirl.calibrate(model, DATA, quantities=["mu"], **sizes)["ranks"]
+
+
 def test_whose_function_failed_is_said() -> None:
     sizes: dict[str, Any] = {"engine": "laplace", "num_replicates": 2, "num_draws": 9, "progress": False}
     with pytest.raises(ModelError, match="quantity 'q' raised KeyError: 'nu'"):
         pirl.calibrate(normal, DATA, quantities={"q": lambda draws, data: draws["nu"]}, **sizes)
+    with pytest.raises(ModelError, match="quantity 'q' raised ZeroDivisionError$"):
+        pirl.calibrate(normal, DATA, quantities={"q": wordless}, **sizes)
     with pytest.raises(ModelError, match="draw_data raised KeyError: 'nu'"):
         pirl.calibrate(normal, DATA, draw_data=lambda truth, arguments: {"data": truth["nu"]}, **sizes)
     with pytest.raises(OptionError, match="missing a required argument: 'data'"):
         pirl.calibrate(normal, **sizes)
     with pytest.raises(OptionError, match="functions by name, or a list of names"):
         pirl.calibrate(normal, DATA, quantities="mu", **sizes)
+
+
+def wordless(*_: Any) -> Any:
+    raise ZeroDivisionError
 
 
 def test_quantities_of_replicates_sampled_at_once_are_of_their_own_data() -> None:
@@ -928,6 +1022,26 @@ def test_what_is_recorded_is_ranked_where_parameters_are_not_identified() -> Non
     assert list(found["ranks"].data_vars) == ["product", "log_likelihood"]
 
 
+def test_chains_are_compared_in_what_is_identified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them have both signs the other way round, which the product does not know."""
+
+    def model(data: Tensor) -> None:
+        factors = pyro.sample("factors", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"identified": False})
+        product = pyro.deterministic("product", factors.prod(-1))
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(product.unsqueeze(-1), SCALE), obs=data)
+
+    def mirrored(potential: Potential, *, seed: int, **_: Any) -> Draws:
+        noise = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return Draws({"factors": noise * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]}, unconstrained=True)
+
+    monkeypatch.setattr(module, "get_engine", lambda name: mirrored)
+    options: dict[str, Any] = {"num_replicates": 3, "num_chains": 4, "num_samples": 50, "progress": False}
+    found = pirl.calibrate(model, DATA, engine="laplace", **options)
+    # Of 200 independent draws: R-hat exceeds 1 by some hundredths; chains apart would have 3 and more.
+    assert found["sample_stats"]["rhat"].max() < 1.2 and found["sample_stats"]["ess"].min() > 50
+
+
 # -------------------------------------------------------------------------------------------------- return differences
 
 
@@ -996,7 +1110,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         assert call(str(path), "--replicates", count, *saved) == 0
     out, err = capsys.readouterr()
     assert err == f"pirl: {saved[1]} has 20 of 21 replicates; the study goes on from there\n" and "twice" in out
-    assert call(str(path), "--batch", "2") == 2 and "batch=2 needs engine 'chees'" in capsys.readouterr().err
+    assert call(str(path), "--replicates", "20", *saved) == 0
+    assert capsys.readouterr().err == f"pirl: {saved[1]} has all 20 replicates\n"
+    assert call(str(path), "--batch", "2") == 2 and "engine 'laplace' samples repl" in capsys.readouterr().err
+    chees = ["--engine", "chees", "--chains", "4", "--warmup", "5", "--samples", "5", "--draws", "9"]
+    assert call(str(path), "--replicates", "2", *chees, "--batch", "2") == 0
+    assert "by HMC of many replicates at once" in capsys.readouterr().out
     assert call(str(path), "--quantity", "thrice") == 2 and "'thrice' is not recorded" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         app(["diagnose", names[0]], prog_name="pirl")

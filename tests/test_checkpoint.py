@@ -339,6 +339,32 @@ def test_a_second_ctrl_c_interrupts_at_once(at: Any, tmp_path: Path) -> None:
     assert not after and not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "step", "told"),
+    [
+        ("nuts", 25, "26 of 30 steps; the run goes on from there"),
+        ("chees", 12, "13 of 38 steps; the run goes on from there"),
+        ("smc", 3, r"4 steps, to temperature \S+; the run goes on from there"),
+    ],
+)
+def test_a_run_that_goes_on_says_how_far_it_was(
+    name: str, step: int, told: str, at: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    path = tmp_path / "run.ckpt"
+    at(name, step, press(signal.SIGTERM))
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as left:
+        patched.setattr(sys, "stderr", None)  # as of a service: nobody is told, and it ends as it should
+        run(name, checkpoint=path)
+    assert left.value.code == 143 and not capsys.readouterr().out
+    at(name)
+    for words in (told, "the whole run"):
+        capsys.readouterr()
+        assert_same(run(name, checkpoint=path, progress=True), whole(name))
+        assert re.fullmatch(f"pirl: {path} has {words}\n", capsys.readouterr().err)
+    run(name, checkpoint=path)
+    assert not capsys.readouterr().err
+
+
 def test_sigterm_saves_and_exits(at: Any, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.ckpt"
     at("chees", 12, press(signal.SIGTERM))
@@ -501,7 +527,7 @@ def test_another_model_and_other_data_are_refused(saved: bytes, tmp_path: Path, 
     finally:
         other_model.__name__ = "other_model"
     for other in (data() + torch.tensor([0.0, 0.0, 1e-5, 0.0], dtype=torch.float64), data().repeat(2)):
-        with pytest.raises(errors.CheckpointError, match="another density"):
+        with pytest.raises(errors.CheckpointError, match="whose model, data or quantities give other numbers"):
             fits(model, other)
     assert path.read_bytes() == saved and not steps
 

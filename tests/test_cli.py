@@ -368,7 +368,7 @@ def test_ctrl_c_keeps_the_draws_so_far(model: Path, tmp_path: Path, monkeypatch:
 
     again = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
     assert again.exit_code == 0 and "2 x 20 draws" in again.stdout
-    assert f"pirl: {path} has 80% of this run, which goes on from there" in again.stderr.splitlines()
+    assert f"pirl: {path} has 32 of 40 steps; the run goes on from there" in again.stderr.splitlines()
     whole = tmp_path / "whole.nc"
     run("fit", model, *NUTS, "--out", whole)
     np.testing.assert_array_equal(read_posterior(out).posterior["bias"], read_posterior(whole).posterior["bias"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from pirl.errors import OptionError
 from pirl.plots import plot_density, plot_forest, plot_joint, plot_posterior
+from pirl.plots.style import new_figure
 from tests.figures import drawn, is_legible, words
 
 
@@ -115,3 +117,13 @@ def test_a_forest_without_reference() -> None:
 def test_only_large_parameters_are_refused_by_name() -> None:
     with pytest.raises(OptionError, match="plot_reward_map"):
         plot_posterior(posterior({"large": (100,)}))
+
+
+def test_a_notebook_shows_figures_without_pyplot() -> None:
+    """IPython prints matplotlib's own figures as pictures only where pyplot is imported, and as a line elsewhere."""
+    formatters = pytest.importorskip("IPython.core.formatters")
+    figure = new_figure(2.0, 1.0)
+    figure.subplots().plot([0, 1])
+    data, _ = formatters.DisplayFormatter().format(figure)
+    assert data["image/png"].startswith(b"\x89PNG")
+    assert type(pickle.loads(pickle.dumps(figure))) is type(figure)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pirl.baselines.estimate import PointEstimate, check_problem
 from pirl.baselines.objectives import Dual, Likelihood, Objective, get_objective
 from pirl.baselines.visits import feature_table
-from pirl.errors import ConvergenceWarning, OptionError, warn
+from pirl.errors import ConvergenceWarning, OptionError, first_line, warn
 from pirl.mdp import TabularMDP
 from pirl.message_passing import soft_policy
 from pirl.rewards import linear_reward, neural_reward
@@ -132,7 +132,8 @@ def maxent(
     try:
         value(reward.start)
     except ArithmeticError as error:
-        raise OptionError(f"there is no finite objective at the start, where {error}; give start=") from error
+        said = first_line(error)
+        raise OptionError(f"there is no finite objective at the start, where {said}; give start=") from error
     search = partial(_gradient_ascent, rate=learning_rate) if method == "gradient" else _quasi_newton
     theta, history = search(value, reward.start, goal.count, max_iterations, tolerance)
     residual = history["residual"][-1]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import textwrap
 import threading
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pirl.errors import ModelError
-from pirl.infer.potential import NO_DENSITY, Potential
+from pirl.errors import ModelError, first_line
+from pirl.infer.potential import NO_DENSITY, Potential, place_of
 from pirl.infer.recorded import record as record_function
 
 Evaluation = tuple[Float[Tensor, " B"], Float[Tensor, "B D"], Float[Tensor, " B"]]
@@ -142,9 +139,6 @@ class BatchedPotential:
 
 def _explain(error: Exception) -> str:
     """What stopped the vectorised evaluation, where in the user's code, and what to write instead."""
-    reason = textwrap.shorten(str(error).strip() or type(error).__name__, MOST_QUOTED, placeholder=" ...")
+    reason = textwrap.shorten(first_line(error), MOST_QUOTED, placeholder=" ...")
     advice = next((text for mark, text in ADVICE if mark in str(error)), "use torch operations that vmap")
-    own = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent), str(Path(__file__).parents[1]))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
-    where = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{where}: {advice}; or use loop=True, which evaluates chains one by one (torch says: {reason})"
+    return f"{place_of(error)}: {advice}; or use loop=True, which evaluates chains one by one (torch says: {reason})"

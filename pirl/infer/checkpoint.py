@@ -16,7 +16,7 @@ import re
 import textwrap
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -92,7 +92,7 @@ class Checkpoint:
         tolerance = 1e-3 if probe.dtype == np.float32 else 1e-7
         if probe.shape != self.probe.shape or not np.allclose(probe, self.probe, tolerance, tolerance, equal_nan=True):
             raise CheckpointError(
-                f"{self.path} belongs to another run, whose model or data give another density: "
+                f"{self.path} belongs to another run, whose model, data or quantities give other numbers: "
                 "name another file, or delete it"
             )
         return arrays
@@ -128,10 +128,13 @@ class Checkpoint:
                     partial.unlink()
 
 
-def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity: Mapping[str, Any]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], potential: Potential, identity: Mapping[str, Any], further: Sequence[float] = ()
+) -> Checkpoint:
     """Make the checkpoint of a run, told apart from others by its options, its sites, and the density that it gives.
 
-    Options are those that are set, and the defaults of the others.
+    Options are those that are set, and the defaults of the others. ``further`` numbers tell it apart, too, to
+    rounding error.
     """
     sites = {name: [list(site.shape), list(site.unconstrained_shape)] for name, site in potential.latent.items()}
     kept = {name: _plain(value) for name, value in identity.items()}
@@ -143,6 +146,7 @@ def open_checkpoint(path: str | os.PathLike[str], potential: Potential, identity
         probe = torch.cat([energy.reshape(1), potential.flatten(slopes)]).detach().cpu().numpy()
     except NO_DENSITY:  # no density there
         probe = np.zeros(0)
+    probe = np.concatenate([probe, np.asarray(further, probe.dtype)])
     return Checkpoint(path, {**kept, "dtype": dtype, "sites": sites}, probe)
 
 

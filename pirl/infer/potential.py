@@ -7,10 +7,12 @@ support may depend on other sites. All functions work under torch's autograd and
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -71,6 +73,13 @@ def base_of(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a user's code it arose, for a message; nothing where that is not known."""
+    own = tuple(str(folder) for folder in (*torch.__path__, *pyro.__path__, Path(__file__).parents[1]))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
+    return f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def kind_of(message: Mapping[str, Any]) -> str:
@@ -395,7 +404,9 @@ def _survey_once(
             raise
         if isinstance(error, RuntimeError) and "sites named" not in str(error):  # Pyro's word for a name used twice
             raise
-        raise ModelError(f"the model cannot be evaluated at a draw from its prior: {first_line(error)}") from error
+        raise ModelError(
+            f"the model cannot be evaluated at a draw from its prior{place_of(error)}: {first_line(error)}"
+        ) from error
     sites = {}
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or (kind := kind_of(node)) == "plate":

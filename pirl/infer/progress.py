@@ -29,7 +29,7 @@ MOST_PARAMETERS, MOST_DRAWS = 50, 20_000
 class LiveView:
     """Show the state of a run while it lasts: one line that changes, on a terminal or in a notebook.
 
-    Elsewhere standard error is somebody's log, of a batch job say: a line a minute, and none of shorter runs.
+    Elsewhere standard error is somebody's log, of a batch job say: a line a minute, and no view of shorter runs.
 
     Args:
         label: what runs, the name of an engine.

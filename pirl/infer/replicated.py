@@ -19,7 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pirl.errors import ModelError, NonFiniteError, PirlError
+from pirl.errors import ModelError, NonFiniteError, PirlError, first_line, named_line
 from pirl.infer.adaptation import StepSizes, halton, shrunk, window_ends
 from pirl.infer.chees import FIRST_LEAPFROGS
 from pirl.infer.engine import MOMENTA, Draws, laid_out, own_generator, random_numbers, reseed
@@ -149,7 +149,7 @@ class ReplicatedPotential:
             with torch.no_grad():
                 value, slope = self._plain(rows)
         except Exception as error:  # what a model may do with dims it did not expect has no one name
-            raise ModelError(f"the model does not take many data sets at once: {error}") from error
+            raise ModelError(f"the model does not take many data sets at once: {named_line(error)}") from error
         value, slope = (x.reshape(-1, self.replicates, *x.shape[1:])[:2] for x in (value, slope))
         tolerance = torch.finfo(rows.dtype).eps ** 0.6
         for r, potential in enumerate(potentials):
@@ -313,7 +313,7 @@ def _starts(
         try:
             found = [laplace_metric(potential) for potential in potentials]
         except (PirlError, RuntimeError) as error:  # torch.linalg's among them
-            raise ModelError(f"the mode of a replicate was not found: {error}") from error
+            raise ModelError(f"the mode of a replicate was not found: {first_line(error)}") from error
         mode = torch.stack([mode for mode, _ in found])
         metric = _Metrics(torch.stack([spread.factor for _, spread in found]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -111,8 +110,10 @@ def sample(
     scale = total if num_samples else 100
     shown = progress and ranks.leads
     if checkpoint is not None and begin:
-        done = min(1.0, sampler.reached(begin, scale) / max(scale, 1))
-        say(f"{checkpoint.path} has {done:.0%} of this run, which goes on from there", shown)
+        steps = f"{begin:,} of {total:,} steps" if num_samples else f"{begin:,} steps, to {sampler.note}"
+        whole = begin >= total or sampler.finished
+        have = "the whole run" if whole else f"{steps}; the run goes on from there"
+        say(f"{checkpoint.path} has {have}", shown)
     asked, leave = _Asked(), False
     with (
         asked.listening(terminate=checkpoint is not None),
@@ -274,8 +275,7 @@ def _explain(step: int, count: int, checkpoint: Checkpoint | None, leave: bool, 
     """Say what an interrupted run leaves, and end it where it leaves nothing to return."""
     again = f"; the same call goes on from {checkpoint.path}" if checkpoint else ""
     if leave:
-        if leads:
-            print(f"pirl: terminated at step {step}{again}", file=sys.stderr)
+        say(f"terminated at step {step}{again}", shown=leads)
         raise SystemExit(128 + signal.SIGTERM)
     if not count:
         raise KeyboardInterrupt(f"interrupted after {step} steps, when there are no draws yet{again}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pirl.errors import ModelError, NonFiniteError, OptionError, form
+from pirl.errors import ModelError, NonFiniteError, OptionError, first_line, form
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
@@ -84,7 +84,8 @@ def find_start(
             try:
                 z = potential.unconstrain(given)
             except NO_DENSITY as error:
-                raise NonFiniteError(f"the model has no density at the start that init gives: {error}") from error
+                said = first_line(error)
+                raise NonFiniteError(f"the model has no density at the start that init gives: {said}") from error
         elif init == "prior":
             z = potential.prior_draw()
         elif init == "laplace" and around:

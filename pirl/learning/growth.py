@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pirl.errors import ConvergenceWarning, OptionError, PartitionError, warn
+from pirl.errors import ConvergenceWarning, OptionError, PartitionError, named_line, warn
 from pirl.particles import TiltedProposal, ValuedPolicy, can_tilt, returns, tilt
 from pirl.pool import Pool
 from pirl.simulators import Policy, roll_out
@@ -74,7 +74,7 @@ class Growth:
             if self.particles:
                 raise
             warn(
-                f"particles were tried, and failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}): "
+                f"particles were tried, and failed ({named_line(error)}): "
                 "roll-outs are added; particles=False does not try",
                 ConvergenceWarning,
             )

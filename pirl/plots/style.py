@@ -30,10 +30,11 @@ def new_figure(width: float, height: float) -> Figure:
 
     Not by pyplot: no window opens, and no backend is chosen for the user.
     """
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    from pirl.plots.shown import ShownFigure
+
+    return ShownFigure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
 
 
 def as_array(values: Numbers) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pirl.errors import InvalidRewardError, PirlError, first_line, form
+from pirl.errors import InvalidRewardError, PirlError, form, named_line
 from pirl.simulators.rollouts import paying
 
 Features = Callable[[Tensor, Tensor], Tensor]
@@ -48,8 +48,7 @@ def checked_features(features: Features, states: Tensor, actions: Tensor) -> Flo
     except PirlError:
         raise
     except Exception as error:
-        cause = first_line(error)
-        raise InvalidRewardError(f"{given} failed: {type(error).__name__}: {cause}") from error
+        raise InvalidRewardError(f"{given} failed: {named_line(error)}") from error
     if not isinstance(found, Tensor) or found.shape[:-1] != states.shape[:-1] or found.dim() != states.dim():
         batch = ", ".join(map(str, states.shape[:-1]))
         raise InvalidRewardError(f"{given} returned {form(found)}; expected [{batch}, K]: stack them in the last dim")

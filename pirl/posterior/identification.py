@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.convergence import ess_bulk, rhat
-from pirl.errors import PirlError
+from pirl.errors import PirlError, named_line
 from pirl.identify import Identification, unidentified
 from pirl.mdp import TabularMDP
 from pirl.posterior.draws import BLOCK, trajectory_laws
@@ -91,7 +91,7 @@ def identified(
             slope, elsewhere = _jacobian(visible, mean), _jacobian(visible, flat[0, -1])
             prior = _prior_covariance(_prior_draws(model, args, kwargs, names, _PRIOR_DRAWS).to(flat))
     except (RuntimeError, NotImplementedError, PirlError) as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return named_line(error)
     _, level, axes = torch.linalg.svd(slope * spread)
     rounding = max(1e-8, torch.finfo(level.dtype).eps ** (2 / 3))
     rank = int((level > rounding * level.amax().clamp(min=torch.finfo(level.dtype).tiny)).sum())

@@ -17,8 +17,8 @@ from pirl.errors import (
     SimulatorError,
     check_counts,
     check_generator,
-    first_line,
     form,
+    named_line,
 )
 from pirl.simulators.protocols import (
     EpisodeSimulator,
@@ -166,10 +166,10 @@ def asked(when: str, call: Callable[[], Answer]) -> Answer:
     try:
         return call()
     except Exception as error:
-        cause = first_line(error)
+        cause = named_line(error)
         if isinstance(error, TypeError) and "argument" in cause:
             cause += "; it is called as reset(num, generator), and step(states, actions, generator)"
-        raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
+        raise SimulatorError(f"the simulator failed at {when}: {cause}") from error
 
 
 def number_of_states(simulator: object) -> int | None:
@@ -222,9 +222,8 @@ def _decides(call: Callable[[], Any], step: int, states: Tensor) -> Tensor:
     except PirlError:
         raise
     except Exception as error:
-        cause = first_line(error)
         raise InvalidPolicyError(
-            f"the policy failed {given}: {type(error).__name__}: {cause}: is it one for such states and actions?"
+            f"the policy failed {given}: {named_line(error)}: is it one for such states and actions?"
         ) from error
     if not isinstance(answer, Tensor):
         raise InvalidPolicyError(f"the policy gave {form(answer)} {given}: expected a tensor")

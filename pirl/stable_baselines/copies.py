@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 from torch import Tensor
 
-from pirl.errors import HorizonError, InvalidRewardError, OptionError, SimulatorError, first_line, form
+from pirl.errors import HorizonError, InvalidRewardError, OptionError, SimulatorError, form, named_line
 from pirl.simulators.environments import made_environment
 from pirl.stable_baselines.actions import Actions
 
@@ -129,8 +129,7 @@ class Episode(gymnasium.Wrapper[Any, Any, Any, Any]):
             if seen.shape != self.observation_space.shape or not np.isfinite(seen).all():
                 raise ValueError(f"state {seen.tolist()} is not finite, or not of {self.observation_space.shape}")
         except Exception as error:
-            cause = first_line(error)
-            raise SimulatorError(f"the simulator failed at {when}: {type(error).__name__}: {cause}") from error
+            raise SimulatorError(f"the simulator failed at {when}: {named_line(error)}") from error
         self.state = seen
         return answer
 
