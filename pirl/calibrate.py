@@ -226,6 +226,8 @@ def calibrate(
         "inference_library": "pirl", "model": str(identity["model"]), "engine": engine, "seed": seed, **counts,
         "num_draws": num_draws, "num_replicates": len(found),
     }  # fmt: skip
+    if len(found) < num_replicates:  # it was interrupted
+        attrs["num_asked"] = num_replicates
     if options:
         attrs["engine_options"] = ", ".join(
             f"{name}={value!r}" if isinstance(value, str | int | float | list | None) else f"{name}=given"

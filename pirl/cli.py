@@ -104,8 +104,8 @@ Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Say ho
 def fit_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A Python file with model(...) and load(...).")],
     engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
-    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains; of smc, populations of particles.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain; of smc, particles a population.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Reproduces every number.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -118,11 +118,15 @@ def fit_command(
         Path | None,
         typer.Option(metavar="RUN.ckpt", help="Where to save the run; the same command goes on from there."),
     ] = None,
+    predictive: Annotated[
+        bool, typer.Option("--predictive/--no-predictive", help="Simulate from the prior and the posterior, too.")
+    ] = True,
     progress: Progress = True,
 ) -> None:
     """Infer the posterior of a model file, print its summary, and keep it.
 
-    Ctrl-C while it samples keeps the draws so far; the exit status is then 130.
+    Exit status: 0: there is a posterior (`pirl diagnose` says whether to trust it); 2: wrong input; 3: a crash; 130:
+    Ctrl-C, which keeps the draws so far; 143: SIGTERM, with a checkpoint.
     """
     check_output(out)
     check_output(plot, PLOT_FORMATS)
@@ -133,6 +137,7 @@ def fit_command(
     arguments = {
         "engine": engine, "num_chains": chains, "num_samples": samples, "num_warmup": warmup,
         "device": device, "seed": seed, "progress": progress, "checkpoint": checkpoint,
+        **({} if predictive else {"num_prior": 0, "num_posterior_predictive": 0}),
     }  # fmt: skip
     try:
         with _short_warnings():
@@ -208,8 +213,8 @@ def plot_command(
 def compare_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.py", help="A model file with demos and mdp among its data.")],
     engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
-    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains; of smc, populations of particles.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain; of smc, particles a population.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the engine, and of which episodes are held out.")] = 0,
     hold_out: Annotated[float, typer.Option(help="Share of the episodes that is held out.")] = 0.25,
@@ -257,8 +262,8 @@ def calibrate_command(
     replicates: Annotated[int, typer.Option(min=2, help="Truths, with data and a posterior each.")] = 200,
     draws: Annotated[int, typer.Option(min=1, help="Draws of a posterior that the truth is ranked among.")] = 99,
     engine: Annotated[str | None, typer.Option(help="chees, nuts, smc, svi or laplace.")] = None,
-    chains: Annotated[int | None, typer.Option(min=1, help="Number of chains of a posterior.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains of a posterior; of smc, populations.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Draws a chain; of smc, particles a population.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up a chain.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Reproduces every replicate.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
@@ -270,7 +275,7 @@ def calibrate_command(
         typer.Option("--quantity", metavar="SITE", help="Rank this, which the model records, as well; repeatable."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Replicates that chees samples at once; 1 judges its adaptation as well.")
+        int | None, typer.Option(min=1, help="Replicates that chees samples and saves at once; 1 judges it as well.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="STUDY.nc", help="Where to write the study.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="RANKS.png", help="Where to draw the ranks.")] = None,
@@ -279,15 +284,15 @@ def calibrate_command(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="STUDY.ckpt", help="Where to save replicates; the same command goes on from there."),
+        typer.Option(metavar="STUDY.ckpt", help="Where to save each batch; the same command goes on from there."),
     ] = None,
     progress: Progress = True,
 ) -> None:
     """Check by simulation that the posteriors of a model file are what they claim to be.
 
-    Parameters are drawn from the prior, data from the model, posteriors by the engine. The exit status is 1 if the
-    ranks of the truth leave their band, or a replicate failed. Sizes are those of a study, and not those of the
-    file's defaults.
+    Parameters are drawn from the prior, data from the model, posteriors by the engine. Sizes are those of a study, and
+    not those of the file's defaults. Exit status: 0: no quantity leaves its band (which few replicates can hardly do);
+    1: some does, or a replicate failed; 2: wrong input; 3: a crash; 130: Ctrl-C; 143: SIGTERM.
     """
     from pirl.verdicts import print_verdicts, stays_in_bands
 

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -160,19 +161,20 @@ def fit(
         sampled = time.perf_counter()
         if not ranks.leads:
             return None  # type: ignore[return-value]
-        groups = describe(
-            potential,
-            draws,
-            unobserved=setting.unobserved(),
-            num_posterior_predictive=num_posterior_predictive,
-            num_prior=num_prior,
-            seed=seed,
-            dims=dims or {},
-            log_likelihood=log_likelihood,
-        )
-        told, identified_numbers = _identification(model, args, kwargs, potential, groups["posterior"])
-        numbers: dict[str, int | float | str] = {**identified_numbers}
-        numbers |= _partition_quality(model, args, kwargs, potential, groups["posterior"])
+        with _after_sampling(checkpoint):
+            groups = describe(
+                potential,
+                draws,
+                unobserved=setting.unobserved(),
+                num_posterior_predictive=num_posterior_predictive,
+                num_prior=num_prior,
+                seed=seed,
+                dims=dims or {},
+                log_likelihood=log_likelihood,
+            )
+            told, identified_numbers = _identification(model, args, kwargs, potential, groups["posterior"])
+            numbers: dict[str, int | float | str] = {**identified_numbers}
+            numbers |= _partition_quality(model, args, kwargs, potential, groups["posterior"])
     blind = [name for name, site in potential.latent.items() if not site.identified]
     groups["constant_data"] = constant
     groups["identification"] = told
@@ -196,6 +198,17 @@ def fit(
         **({"unidentified_sites": json.dumps(blind)} if blind else {}),
     }
     return to_datatree({name: group for name, group in groups.items() if group}, coords or {}, attrs)
+
+
+@contextmanager
+def _after_sampling(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Ctrl-C while the model is run on the draws: say what there is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        less = "num_prior=0, num_posterior_predictive=0 (--no-predictive) leave out most of that"
+        then = f"the same call goes on from {checkpoint}" if checkpoint is not None else less
+        raise KeyboardInterrupt(f"interrupted after sampling, while the model was run on the draws; {then}") from None
 
 
 def _identification(

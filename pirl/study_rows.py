@@ -95,7 +95,8 @@ class Rows:
                     self._save(checkpoint)
             except KeyboardInterrupt:
                 if not self.done:
-                    raise KeyboardInterrupt("interrupted before the first replicates were done") from None
+                    hint = f": {self.batch} at once; a smaller batch (--batch) is done sooner" if self.batch > 1 else ""
+                    raise KeyboardInterrupt(f"interrupted before the first replicates were done{hint}") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
             except SystemExit as left:

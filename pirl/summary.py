@@ -108,7 +108,8 @@ def _what_was_run(posterior: xarray.DataTree) -> str:
     attrs, sizes = posterior.attrs, posterior["posterior"].sizes
     options = json.loads(attrs.get("options", "{}")).items()
     words = [attrs.get("model", "model"), *(f"{key}={value}" for key, value in options if value is not None)]
+    part = " (interrupted)" if str(attrs.get("interrupted")) == "True" else ""
     return (
-        f"{' '.join(words)}: {attrs['engine']}, {sizes['chain']} x {sizes['draw']} draws, "
+        f"{' '.join(words)}: {attrs['engine']}, {sizes['chain']} x {sizes['draw']} draws{part}, "
         f"seed {attrs['seed']}, {float(attrs['wall_time']):.1f} s."
     )

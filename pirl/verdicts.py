@@ -48,7 +48,7 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
         largest departure anywhere, exact), ``p_adjusted`` for the number of quantities (Holm 1979; a sound study has
         any below .05 in 5% of cases), ``coverage_50`` and ``coverage_90``, the shares of truths in the central
         intervals, ``correlation`` of truths and posterior means, ``contraction`` (1 - mean posterior variance /
-        variance of the truths, NaN of fewer than 20) and ``finding``, in words.
+        variance of the truths; both NaN of fewer than 20) and ``finding``, in words.
 
     Raises:
         OptionError: this is no study.
@@ -76,13 +76,12 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
             index.append(label)
             known = truth[:, element]
             spread = known.var(ddof=1) if len(known) > 1 else 0.0
+            told = spread > 0 and len(known) >= FEWEST
             all_ranks.append(ranks[:, element])
             rows.append(
                 {
-                    "correlation": np.corrcoef(known, mean[:, element])[0, 1] if spread > 0 else np.nan,
-                    "contraction": 1 - (sd[:, element] ** 2).mean() / spread
-                    if spread > 0 and len(known) >= FEWEST
-                    else np.nan,
+                    "correlation": np.corrcoef(known, mean[:, element])[0, 1] if told else np.nan,
+                    "contraction": 1 - (sd[:, element] ** 2).mean() / spread if told else np.nan,
                 }
             )
     judged = judge(np.stack(all_ranks, -1), num_draws, index)
@@ -164,6 +163,7 @@ def print_verdicts(study: xarray.DataTree) -> None:
     from rich.text import Text
 
     found = verdicts(study)
+    few = len(_statistics(study)["failed"]) < FEWEST
     headers = ["p", "adjusted", "50%\ncovers", "90%\ncovers", "corre-\nlation", "contrac-\ntion"]
 
     def shown(columns: list[str]) -> Table:
@@ -175,7 +175,10 @@ def print_verdicts(study: xarray.DataTree) -> None:
         for label, row in found.iterrows():
             digits = [3, 3] + [2] * (len(columns) - 2)
             numbers = [_shown(x, n) for x, n in zip(row.iloc[: len(columns)], digits, strict=True)]
-            table.add_row(*map(Text, [str(label), *numbers, row["finding"]]))
+            finding = row["finding"]
+            if finding == "uniform" and few:
+                finding = "too few to tell"
+            table.add_row(*map(Text, [str(label), *numbers, finding]))
         return table
 
     console = Console(highlight=False)
@@ -206,8 +209,9 @@ def _made(study: xarray.DataTree) -> str:
     after = f" after {warmup:,} of warm-up" if warmup else ""
     draws = f"{int(attrs['num_samples']):,} {'particles' if attrs['engine'] == 'smc' else 'draws'}"
     many, by = counted(int(attrs["num_replicates"]), "replicate"), attrs.get("sampler", attrs["engine"])
+    asked = f" (of {int(attrs['num_asked']):,}, interrupted)" if "num_asked" in attrs else ""
     said = [
-        f"{attrs['model']}: {many} by {by}",
+        f"{attrs['model']}: {many}{asked} by {by}",
         f"{chains} of {draws}{after}",
         f"ranks among {int(attrs['num_draws']):,}",
         *([str(attrs["engine_options"])] if "engine_options" in attrs else []),
@@ -278,7 +282,10 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
             f"num_draws={num_draws}, which makes ranks too extreme: take more samples, or fewer num_draws."
         )
     if torn > OFTEN:
-        lines.append(f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer.")
+        lines.append(
+            f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer, or take more "
+            "samples."
+        )
     if unknown > OFTEN:
         lines.append(
             f"Of {unknown:.0%} of the posteriors R-hat is unknown: draws that never change, or fewer than 4 a chain."

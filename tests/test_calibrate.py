@@ -271,7 +271,7 @@ def test_what_few_replicates_and_one_draw_do_not_tell_is_a_dash(
     assert np.isnan(found["recovery"]["mu"].sel(summary="sd").values).all()
     print_verdicts(found)
     told = capsys.readouterr().out
-    assert "nan" not in told and " - uniform" in told
+    assert "nan" not in told and " - too few to tell" in told
 
 
 @pytest.mark.parametrize("other", ["sound", "unsound"])
@@ -565,15 +565,23 @@ def interrupted_after(count: int) -> Callable[..., Draws]:
     return run
 
 
-def test_a_study_goes_on_where_it_was_interrupted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_study_goes_on_where_it_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = study(monkeypatch, exact(), num_replicates=12)
     path = tmp_path / "study.ckpt"
     with pytest.warns(InterruptedWarning, match="after 5 replicates"):
         part = study(monkeypatch, interrupted_after(5), num_replicates=12, checkpoint=path)
     assert part.attrs["num_replicates"] == 5
+    capsys.readouterr()
+    print_verdicts(part)
+    told = capsys.readouterr().out
+    assert "normal: 5 replicates (of 12, interrupted) by laplace" in told and "too few to tell" in told
+    assert "uniform" not in told and verdicts(part)["correlation"].isna().all()
     resumed = study(monkeypatch, interrupted_after(7), num_replicates=12, checkpoint=path)
     for group in ("ranks", "prior", "recovery", "prior_sbc", "sample_stats"):
         assert resumed[group].to_dataset().identical(whole[group].to_dataset().assign_attrs(resumed[group].attrs))
+    assert "num_asked" not in resumed.attrs
     longer = study(monkeypatch, exact(), num_replicates=15, checkpoint=path)
     assert longer["ranks"]["mu"][:, :12].equals(whole["ranks"]["mu"])
     with pytest.raises(CheckpointError, match="another run"):

@@ -352,22 +352,41 @@ def ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def raising(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_predictive_draws_can_be_left_out(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "posterior.nc"
+    assert run("fit", model, *NUTS, "--out", out, "--no-predictive").exit_code == 0
+    assert not {"prior", "posterior_predictive"} & set(read_posterior(out).children)
+
+
 def test_ctrl_c_keeps_the_draws_so_far(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out, path = tmp_path / "posterior.nc", tmp_path / "run.ckpt"
     with monkeypatch.context() as patch:
         nuts_with(patch, 31, ctrl_c)
         result = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
     assert result.exit_code == 130
-    assert "2 x 12 draws" in result.stdout and f"wrote {out}" in result.stdout
+    assert "2 x 12 draws (interrupted), seed" in result.stdout and f"wrote {out}" in result.stdout
     (line,) = (line for line in result.stderr.splitlines() if "interrupted" in line)
     assert (
         line == f"warning: interrupted: returning the 12 draws of each chain so far; the same call goes on from {path}"
     )
+    saved = path.read_bytes()
     interrupted = read_posterior(out)
     assert interrupted.posterior.sizes["draw"] == 12 and interrupted.attrs["interrupted"] == "True"
 
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["pirl.fit"], "describe", raising)
+        late = run("fit", model, *NUTS, "--checkpoint", path)
+    assert late.exit_code == 130
+    words = f"interrupted after sampling, while the model was run on the draws; the same call goes on from {path}"
+    assert late.stderr.splitlines()[-1] == f"pirl: {words}"
+    path.write_bytes(saved)
+
     again = run("fit", model, *NUTS, "--out", out, "--checkpoint", path)
-    assert again.exit_code == 0 and "2 x 20 draws" in again.stdout
+    assert again.exit_code == 0 and "2 x 20 draws, seed" in again.stdout
     assert f"pirl: {path} has 32 of 40 steps; the run goes on from there" in again.stderr.splitlines()
     whole = tmp_path / "whole.nc"
     run("fit", model, *NUTS, "--out", whole)

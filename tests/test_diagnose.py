@@ -113,6 +113,11 @@ def bimodal(groups: Groups, attrs: dict[str, Any]) -> None:
     groups["posterior"]["weights"][[1, 3], :, 0] += 8
 
 
+def near(groups: Groups, attrs: dict[str, Any]) -> None:
+    """Two humps that are one, as of chains that have not met yet: the means are less than two deviations apart."""
+    groups["posterior"]["weights"][[1, 3], :, 0] += 1.2
+
+
 def too_short_tails(groups: Groups, attrs: dict[str, Any]) -> None:
     """Large values come in spells, at the same times in every chain and in both halves."""
     groups["posterior"]["weights"][..., 0] *= np.where(np.arange(DRAWS) % (DRAWS // 2) < 60, 10, 1)
@@ -198,6 +203,7 @@ def test_of_scales_is_spoken_where_numbers_are_positive(defect: Defect) -> None:
         (displaced, "problem rhat", ["weights[trap] (", "num_samples=2000", "num_warmup=1000", "dense_mass=True"]),
         (displaced_after_long_warmup, "problem rhat", ["Try: dense_mass=True", "warmed up for 2000 steps, and longer"]),
         (slow, "problem ess", ["wanted 400", "weights[goal] (", "such as num_samples=2000 (--samples)"]),
+        (near, "problem rhat", ["do not agree yet", "weights[goal] ("]),
         (bimodal, "problem modes", ["chains 0 and 2 stay near", "chains 1 and 3 stay near", "engine='smc'"]),
         (too_short_tails, "problem ess", ["tails", "wanted 400", "weights[goal] (", "such as num_samples="]),
         (stuck, "problem stuck", ["Chain 2 hardly moved", "0.1%"]),
@@ -517,7 +523,7 @@ def test_chains_that_share_starts_are_judged_by_superchains() -> None:
     groups = healthy(chains=64, draws=50)
     assert kinds(tree(groups, attrs)) == []
     assert Convergence.of(Elements.of(tree(groups)["posterior"].to_dataset()), 8).nested
-    groups["posterior"]["weights"][8:16] += 1.5
+    groups["posterior"]["weights"][8:16] += 3.0
     (finding,) = diagnose(tree(groups, attrs))
     assert finding.kind == "modes"
     assert "chains 0 to 7 and 16 to 63 stay near" in finding.what

@@ -159,6 +159,9 @@ def _modes(facts: Facts, worst: int) -> str:
     means = draws.mean((1, 2))
     order = means.argsort()
     cut = int(np.diff(means[order]).argmax()) + 1
+    low, high = means[order[:cut]].mean(), means[order[cut:]].mean()
+    if high - low <= 2 * np.sqrt(draws.var(-1).mean()):  # the two make one hump, as short chains often do
+        return ""
     size = draws.shape[1]
     words = []
     for side in (np.sort(order[:cut]), np.sort(order[cut:])):

@@ -21,6 +21,7 @@ from pirl.errors import (
     InterruptedWarning,
     RankError,
     StuckChainsError,
+    counted,
     warn,
 )
 from pirl.infer.checkpoint import Arrays, Checkpoint
@@ -110,7 +111,7 @@ def sample(
     scale = total if num_samples else 100
     shown = progress and ranks.leads
     if checkpoint is not None and begin:
-        steps = f"{begin:,} of {total:,} steps" if num_samples else f"{begin:,} steps, to {sampler.note}"
+        steps = f"{begin:,} of {total:,} steps" if num_samples else f"{counted(begin, 'step')}, to {sampler.note}"
         whole = begin >= total or sampler.finished
         have = "the whole run" if whole else f"{steps}; the run goes on from there"
         say(f"{checkpoint.path} has {have}", shown)

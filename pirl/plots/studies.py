@@ -69,7 +69,8 @@ def plot_ranks(study: xarray.DataTree, level: float = 0.95, names: Sequence[str]
         ax.set_title(name + (" (leaves the band)" if out else ""), fontsize="medium")
         ax.set_xlabel("rank of the truth, as a share of draws")
         ax.set_ylabel("share of replicates below,\nminus expected")
-    _set_title(figure, study)
+    key = f"grey: lines of {level:.0%} of sound studies; above 0: truths are lower than the posterior says"
+    _set_title(figure, study, f"; {key}, below 0: higher")
     return figure
 
 
