@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pirl.errors import ConvergenceWarning, MemoryLimitError, OptionError, check_counts, form
+from pirl.errors import ConvergenceWarning, MemoryLimitError, ModelError, OptionError, check_counts, form
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.datatree import check_names, check_reserved, planned, to_datatree
@@ -209,7 +209,10 @@ def calibrate(
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
-            found = run_all(potentials, model, data, **chains, told=shown)
+            try:
+                found = run_all(potentials, model, data, **chains, told=shown)
+            except ModelError as error:
+                raise type(error)(f"{error}; with batch=1 replicates are sampled one by one") from error
             return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
 
         alone = _one_by_one(engine, draw_data, options)
@@ -252,6 +255,8 @@ def _one_by_one(engine: str, draw_data: DrawData | None, options: Mapping[str, A
         return "the data are drawn by draw_data, one replicate after the other"
     if unfit := sorted(options.keys() - BATCHED):
         return f"with the option {unfit[0]} replicates are sampled one by one"
-    if options.get("init", NAMED_STARTS[0]) not in NAMED_STARTS:
-        return f"init gives values, and many replicates start by one of {', '.join(map(repr, NAMED_STARTS))}"
+    init = options.get("init", NAMED_STARTS[0])
+    if not isinstance(init, str) or init not in NAMED_STARTS:
+        given = f"is {init!r}" if isinstance(init, str) else "gives values"
+        return f"init {given}, and many replicates start by one of {', '.join(map(repr, NAMED_STARTS))}"
     return ""

@@ -126,7 +126,7 @@ def fit_command(
     """Infer the posterior of a model file, print its summary, and keep it.
 
     Exit status: 0: there is a posterior (`pirl diagnose` says whether to trust it); 2: wrong input; 3: a crash; 130:
-    Ctrl-C, which keeps the draws so far; 143: SIGTERM, with a checkpoint.
+    Ctrl-C, of which chains after their warm-up keep the draws so far; 143: SIGTERM, with a checkpoint.
     """
     check_output(out)
     check_output(plot, PLOT_FORMATS)
@@ -275,7 +275,7 @@ def calibrate_command(
         typer.Option("--quantity", metavar="SITE", help="Rank this, which the model records, as well; repeatable."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Replicates that chees samples and saves at once; 1 judges it as well.")
+        int | None, typer.Option(min=1, help="Replicates that chees samples and saves at once; 1 judges chees itself.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="STUDY.nc", help="Where to write the study.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="RANKS.png", help="Where to draw the ranks.")] = None,

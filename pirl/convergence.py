@@ -232,7 +232,7 @@ class Elements:
             if data.dtype.kind not in "fiub" or data.dims[:2] != ("chain", "draw"):
                 continue
             values = data.values.reshape(*data.shape[:2], -1)
-            varies, broken = _varying(values)
+            varies, broken = varying(values)
             labels = element_names(data) if varies.any() or broken.any() else []
             names += [labels[i] for i in np.flatnonzero(varies)]
             unsound += [labels[i] for i in np.flatnonzero(broken)]
@@ -248,7 +248,7 @@ class Elements:
         return (slice(at, at + size) for at in range(0, len(self.names), size))
 
 
-def _varying(
+def varying(
     values: Num[np.ndarray, "chain draw element"],
 ) -> tuple[Bool[np.ndarray, " element"], Bool[np.ndarray, " element"]]:
     """Which elements vary by more than rounding, and which are not finite in some draws but not in all."""

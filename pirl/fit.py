@@ -161,7 +161,7 @@ def fit(
         sampled = time.perf_counter()
         if not ranks.leads:
             return None  # type: ignore[return-value]
-        with _after_sampling(checkpoint):
+        with _after_sampling(checkpoint, simulates=num_prior > 0 or num_posterior_predictive > 0):
             groups = describe(
                 potential,
                 draws,
@@ -201,14 +201,14 @@ def fit(
 
 
 @contextmanager
-def _after_sampling(checkpoint: str | os.PathLike[str] | None) -> Iterator[None]:
+def _after_sampling(checkpoint: str | os.PathLike[str] | None, simulates: bool) -> Iterator[None]:
     """Ctrl-C while the model is run on the draws: say what there is."""
     try:
         yield
     except KeyboardInterrupt:
-        less = "num_prior=0, num_posterior_predictive=0 (--no-predictive) leave out most of that"
-        then = f"the same call goes on from {checkpoint}" if checkpoint is not None else less
-        raise KeyboardInterrupt(f"interrupted after sampling, while the model was run on the draws; {then}") from None
+        less = "; num_prior=0, num_posterior_predictive=0 (--no-predictive) leave some of that out" * simulates
+        then = f"; the same call goes on from {checkpoint}" if checkpoint is not None else less
+        raise KeyboardInterrupt(f"interrupted after sampling, while the model was run on the draws{then}") from None
 
 
 def _identification(

@@ -30,6 +30,8 @@ LOG_LIKELIHOOD, RETURN_GAP = "log_likelihood", "return_gap"
 
 _OURS = (LOG_LIKELIHOOD, RETURN_GAP, "chain", "draw", "summary")
 
+_TAKEN = "studies use the name {!r} themselves: leave that quantity out, or choose another"
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -63,21 +65,23 @@ class Ranked(NamedTuple):
 def ranked(name: str, values: Tensor) -> Ranked:
     """Rank and value of the truth ``[0]`` among draws ``[1:]``, and the draws' mean, sd and quantiles.
 
-    The truth is evaluated by itself and the draws many at once, which round otherwise, and always to one side: what
-    differs by rounding alone (of log-likelihoods, by less than any data tell) is a tie.
+    The truth is evaluated by itself and the draws many at once, which round otherwise, and always to one side. So what
+    lies in one cell of a grid, as wide as rounding reaches and at a random place, is a tie: a grid does not tell truth
+    from draws, so that the ranks of a sound posterior stay exactly uniform.
 
     Quantiles are those that a further draw lies below with that probability (Weibull's), so that intervals of few draws
     hold as many truths as they say, from 19 on.
     """
-    rounding = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps ** 0.6
+    rounding = torch.finfo(values.dtype if values.is_floating_point() else torch.float64).eps ** 0.75
     values = values.detach().cpu().double()
     truth, draws = values[0], values[1:]
     if not bool(values.isfinite().all()):
         raise ModelError(f"test quantity {name!r} is not finite at the truth or at a draw of the posterior")
     order = torch.rand(draws.shape, dtype=draws.dtype) < torch.rand(truth.shape, dtype=draws.dtype)
-    least = float(name == LOG_LIKELIHOOD)
-    tie = (draws - truth).abs() <= rounding * torch.maximum(draws.abs(), truth.abs()).clamp(min=least)
-    rank = torch.where(tie, order, draws < truth).sum(0)
+    # A log-likelihood may be zero but for rounding (where all actions tie), and then has no size of its own.
+    size = values.abs().amax(0).clamp(min=1.0 if name == LOG_LIKELIHOOD else torch.finfo(torch.float64).tiny)
+    cells = (values / (rounding * size) + torch.rand(truth.shape, dtype=values.dtype)).floor()
+    rank = ((cells[1:] < cells[0]) | ((cells[1:] == cells[0]) & order)).sum(0)
     quantiles = np.quantile(draws.numpy(), QUANTILES, axis=0, method="weibull")
     sd = draws.std(0) if len(draws) > 1 else torch.full_like(truth, torch.nan)  # of one draw nobody knows it
     return Ranked(rank.numpy(), truth.numpy(), draws.mean(0).numpy(), sd.numpy(), quantiles)
@@ -105,7 +109,10 @@ def quantities_at(
         # What is recorded of them, such as a network's reward; in the order of the model, for all processes.
         yield from ((name, value) for name, value in values.items() if name not in potential.latent)
     yield LOG_LIKELIHOOD, draws["stats"]["log_likelihood"]
-    yield from return_gaps(potential, {name: values[name] for name in potential.latent})
+    for name, gap in return_gaps(potential, {name: values[name] for name in potential.latent}):
+        if name in own:
+            raise OptionError(_TAKEN.format(name))
+        yield name, gap
     yield from own_quantities_at(potential, values, own)
 
 
@@ -140,8 +147,8 @@ def own_quantities(quantities: Any) -> dict[str, Quantity]:
     for name, quantity in found.items():
         if not callable(quantity):
             raise OptionError(f"quantity {name!r} is {form(quantity)}: give a function of (draws, data)")
-        if name in _OURS or name.startswith(f"{RETURN_GAP}_"):
-            raise OptionError(f"studies use the name {name!r} themselves: leave that quantity out, or choose another")
+        if name in _OURS:
+            raise OptionError(_TAKEN.format(name))
     return found
 
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pirl.branches import Fitted, fitted_branch
-from pirl.convergence import ess_bulk, rhat
+from pirl.convergence import FEWEST_DRAWS, ess_bulk, rhat, varying
 from pirl.errors import ModelError, OptionError, PirlError, first_line, form, named_line
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
@@ -26,6 +27,8 @@ DrawData = Callable[[dict[str, Tensor], dict[str, Any]], Mapping[str, Any]]
 """(latent sites, named arguments of the model, nothing observed) -> those that are data, drawn by torch's generator."""
 
 _ATTEMPTS = 100
+_MOST_ELEMENTS = 50
+"""Of a quantity, in which chains are compared."""
 _TRUTHS, _ENGINES = 1000, 1001
 """Streams of random numbers: of truth and data of a replicate, and of its engine."""
 
@@ -45,8 +48,8 @@ class Comparison(NamedTuple):
 
     quantities: dict[str, Ranked]
     ess: float
-    """The least bulk effective sample size of the unconstrained parameters that are identified; if none is, of the test
-    quantities. NaN where all of them are constant, or chains have fewer than four draws."""
+    """The least bulk effective sample size of the unconstrained parameters; of the test quantities where some of these
+    are not identified. NaN where nothing varies, or chains have fewer than four draws."""
     rhat: float
     """The largest R-hat of them."""
     divergences: float
@@ -205,22 +208,43 @@ class Study:
         with own_generator():
             torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 1)
             found = {name: ranked(name, x) for name, x in quantities_at(potential, both, self.quantities)}
-        judged = [value for name, value in draws.values.items() if potential.latent[name].identified]
-        if not judged:  # chains may differ in all parameters, and agree on what they mean
-            every = {
-                group: {name: value.flatten(0, 1) for name, value in values.items()}
-                for group, values in replay_draws(potential, draws).items()
-            }
-            judged = [x.unflatten(0, (chains, count)) for _, x in quantities_at(potential, every, self.quantities)]
-        flat = np.concatenate([value.detach().reshape(chains, count, -1).cpu().numpy() for value in judged], -1)
-        ess, torn = ess_bulk(flat), rhat(flat)  # NaN of what never changes, and of fewer than four draws
+        flat = self._judged(number, potential, draws, num_draws)
+        flat = flat[..., varying(flat)[0]]  # of a constant nothing is known
+        ess, torn = ess_bulk(flat), rhat(flat)
         diverging = draws.stats.get("diverging")
         return Comparison(
             found,
-            ess=float(np.fmin.reduce(ess)),
-            rhat=float(np.fmax.reduce(torn)),
+            ess=float(np.fmin.reduce(ess, initial=np.nan)),
+            rhat=float(np.fmax.reduce(torn, initial=np.nan)),
             divergences=0.0 if diverging is None else float(diverging.double().mean()),
         )
+
+    def _judged(
+        self, number: int, potential: Potential, draws: Draws, num_draws: int
+    ) -> Float[np.ndarray, "chain draw element"]:
+        """What chains are compared in: the parameters, or test quantities where some of these are not identified.
+
+        Chains may differ in all parameters, and agree on what they mean.
+        """
+        chains, count = next(iter(draws.values.values())).shape[:2]
+        judged = list(draws.values.values())
+        if "diverging" in draws.stats and not all(site.identified for site in potential.latent.values()):
+            # Every so-many-th draw, as few as tell: quantities may be large, and dear.
+            step = max(1, min(chains * count // (4 * num_draws), count // FEWEST_DRAWS))
+            some = {name: value[:, ::step] for name, value in draws.values.items()}
+            count = len(range(0, count, step))
+            groups = replay_draws(potential, Draws(some, draws.unconstrained), log_likelihood=False)
+            flat = {group: {name: x.flatten(0, 1) for name, x in values.items()} for group, values in groups.items()}
+            with own_generator():
+                torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 2)
+                judged = [_few(x) for _, x in quantities_at(potential, flat, self.quantities)]
+        return np.concatenate([x.detach().reshape(chains, count, -1).cpu().numpy() for x in judged], -1)
+
+
+def _few(values: Tensor) -> Tensor:
+    """Some elements of a quantity ``[D, *shape]``, evenly chosen where there are many."""
+    flat = values.reshape(len(values), -1)
+    return flat[:, torch.linspace(0, flat.shape[1] - 1, min(flat.shape[1], _MOST_ELEMENTS)).long().to(flat.device)]
 
 
 def check_study(study: Any) -> None:

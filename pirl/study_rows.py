@@ -76,11 +76,13 @@ class Rows:
         """
         checkpoint = self._open(path, {**identity, "batch": self.batch}, numbers)
         visible = progress and self.ranks.leads
-        if checkpoint is not None and self.done:
-            have, want = f"{checkpoint.path} has", len(self.numbers)
+        if checkpoint is not None and self.done + self.spare:
+            have, want = len(self.done) + len(self.spare), len(self.numbers)
             share = " of this process" if self.ranks.size > 1 else ""
-            rest = f"{have} {len(self.done):,} of {want:,} replicates{share}; the study goes on from there"
-            say(f"{have} all {want:,} replicates{share}" if len(self.done) >= want else rest, visible)
+            again = f", {len(self.spare)} of them made anew with the rest of their batch" if self.spare else ""
+            rest = f"{have:,} of {want:,} replicates{share}; the study goes on from there{again}"
+            told = f"all {want:,} replicates{share}" if len(self.done) >= want else rest
+            say(f"{checkpoint.path} has {told}", visible)
         bar = progress_bar("calibrate", len(self.numbers), visible)
         with bar as update, _leaving_in_order(checkpoint is not None):
             try:
@@ -95,7 +97,8 @@ class Rows:
                     self._save(checkpoint)
             except KeyboardInterrupt:
                 if not self.done:
-                    hint = f": {self.batch} at once; a smaller batch (--batch) is done sooner" if self.batch > 1 else ""
+                    size = min(self.batch, len(self.numbers))
+                    hint = f": {size} at once; a smaller batch (--batch) is done sooner" if size > 1 else ""
                     raise KeyboardInterrupt(f"interrupted before the first replicates were done{hint}") from None
                 again = f"; the same call goes on from {path}" if checkpoint else ""
                 warn(f"interrupted after {len(self.done)} replicates{again}", InterruptedWarning)
@@ -126,9 +129,9 @@ class Rows:
         """Make replicates at once; False where that cannot be done."""
         try:
             results = many(numbers, shown)
-        except ModelError as error:
+        except ModelError:
             if self.must and not self.done:
-                raise ModelError(f"{error}; with batch=1 replicates are sampled one by one") from error
+                raise
             return False
         for found in results:
             self._keep(found)
@@ -157,8 +160,9 @@ class Rows:
         if shapes != self.shapes:
             name = next(iter({**self.shapes, **shapes}.items() - self.shapes.items()), (next(iter(shapes)), ()))[0]
             raise OptionError(f"quantity {name!r} has shape {shapes.get(name)} for one data set and another for others")
-        # In the order that the file has, whatever order the quantities were asked for in this time.
-        columns = [column.reshape(-1).astype(float) for name in self.shapes for column in found.quantities[name]]
+        # By name: files and processes may have been asked for quantities in other orders.
+        ordered = [found.quantities[name] for name in sorted(self.shapes)]
+        columns = [column.reshape(-1).astype(float) for x in ordered for column in x]
         self._append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
 
     def _open(
@@ -208,13 +212,14 @@ def groups_of(
     """The groups of the result, from what :class:`Rows` keeps."""
     groups: dict[str, Named] = {name: {} for name in ("prior_sbc", "ranks", "prior", "recovery")}
     luck = np.random.default_rng(seed)
-    start = 0
+    places, start = dict[str, slice](), 0
+    for name in sorted(shapes):
+        places[name] = slice(start, start + COLUMNS * int(np.prod(shapes[name])))
+        start = places[name].stop
     for name, shape in shapes.items():
         names = tuple(dims.get(name, ()))
         names = (*(None,) * (len(shape) - len(names)), *names)
-        stop = start + COLUMNS * int(np.prod(shape))
-        part = rows[:, start:stop].reshape(1, len(rows), COLUMNS, *shape)
-        start = stop
+        part = rows[:, places[name]].reshape(1, len(rows), COLUMNS, *shape)
         rank, truth, moments = part[:, :, 0], part[:, :, 1], part[:, :, 2:]
         over = ("chain", "draw", *names)
         groups["prior_sbc"][name] = (over, (rank + luck.random(rank.shape)) / (num_draws + 1))

@@ -163,7 +163,7 @@ def print_verdicts(study: xarray.DataTree) -> None:
     from rich.text import Text
 
     found = verdicts(study)
-    few = len(_statistics(study)["failed"]) < FEWEST
+    few = (~_statistics(study)["failed"].astype(bool)).sum() < FEWEST
     headers = ["p", "adjusted", "50%\ncovers", "90%\ncovers", "corre-\nlation", "contrac-\ntion"]
 
     def shown(columns: list[str]) -> Table:
@@ -310,9 +310,9 @@ def _coverage(rank: np.ndarray, num_draws: int, level: float) -> float:
 def _words(rank: np.ndarray, num_draws: int) -> str:
     """How ranks depart from uniformity: in the mean, in the spread, or in both, the further first."""
     place = (rank + 0.5) / (num_draws + 1) - 0.5
-    shift = place.mean() * np.sqrt(12 * len(rank))
-    # A shift alone moves ranks to one end: away from the middle, and nearer to each other.
     known = (1 - 1 / (num_draws + 1) ** 2) / 12  # the variance of as many ranks, evenly spaced
+    shift = place.mean() * np.sqrt(len(rank) / known)
+    # A shift alone moves ranks to one end: away from the middle, and nearer to each other.
     spreads = [((x**2).mean() - known) * np.sqrt(180 * len(rank)) for x in (place, place - place.mean())]
     spread = min(spreads, key=abs) if min(spreads) * max(spreads) > 0 else 0.0
     found = [(abs(shift), "low" if shift > 0 else "high"), (abs(spread), "narrow" if spread > 0 else "wide")]

@@ -33,14 +33,16 @@ from pirl.errors import (
     OptionError,
 )
 from pirl.infer import Potential
+from pirl.infer import checkpoint as checkpoints
 from pirl.infer.engine import Draws
 from pirl.infer.replicated import ReplicatedPotential, run_all
 from pirl.model_file import ModelFile
 from pirl.plots import plot_ranks, plot_recovery
 from pirl.plots.style import ORANGE
-from pirl.quantities import own_quantities
+from pirl.quantities import own_quantities, ranked
 from pirl.replicates import Study, check_study
 from pirl.setting import Setting
+from pirl.study_rows import COLUMNS
 from pirl.uniformity import holm, p_values
 from pirl.verdicts import _coverage, is_calibrated, judge, print_verdicts, stays_in_bands, verdicts, words
 
@@ -209,7 +211,31 @@ def test_likelihoods_that_differ_by_rounding_alone_are_ties() -> None:
     found = pirl.calibrate(blind, torch.zeros(30, 2, dtype=torch.float64), torch.zeros(30).double(), **sizes)
     assert found["recovery"]["log_likelihood"].sel(summary="sd").max() < 1e-12
     assert verdicts(found).loc["log_likelihood", "p_value"] > 1e-3
-    assert 0.3 < found["ranks"]["log_likelihood"].mean() / 39 < 0.7  # 5.4 standard errors of 60 uniform ranks
+    assert 0.3 < found["ranks"]["log_likelihood"].mean() / 39 < 0.7  # 5.2 standard errors of 60 uniform ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1.0, -1e5])
+def test_what_differs_in_its_last_digits_is_a_tie_and_nothing_else_is(dtype: torch.dtype, size: float) -> None:
+    eps = torch.finfo(dtype).eps
+    draws = torch.full((2001,), size, dtype=dtype)
+    draws[0] -= 2 * eps * max(abs(size), 1.0)
+    torch.manual_seed(0)
+    places = torch.tensor([int(ranked("log_likelihood", draws).rank) for _ in range(300)]) / 2000
+    # Where a cell's edge comes between them, in one case of dozens (of float32), the truth is below them all.
+    assert 0.4 < places.mean() < 0.6  # 6 standard errors of a uniform mean
+    draws[1:] += eps**0.7 * max(abs(size), 1.0) * torch.arange(1, 2001)
+    assert ranked("log_likelihood", draws).rank == 0
+    assert ranked("log_likelihood", draws.flip(0)).rank == 2000
+
+
+def test_ranks_of_sound_posteriors_are_uniform_however_coarse_the_numbers() -> None:
+    """Of float32 log-likelihoods of a million hardly any two differ: ranks are random, and biased to no side."""
+    torch.manual_seed(1)
+    values = (1e6 + torch.randn(20, 4000)).float()
+    ranks = ranked("log_likelihood", values).rank
+    counts = np.bincount(ranks, minlength=20)
+    assert np.square(counts - 200).sum() / 200 < 50  # chi squared of 19 degrees: 1.4e-4
 
 
 def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -673,6 +699,8 @@ def test_chains_sampled_at_once_start_where_they_are_told() -> None:
     assert ((first["laplace"].mean(1).squeeze() - means).abs() < 4.5 * 2 / (4 * precision) ** 0.5).all()
     with pytest.raises(OptionError, match="batch=2 cannot be: init gives values, and many replicates start by one of"):
         pirl.calibrate(far, DATA, batch=2, init={"mu": torch.tensor(50.0)}, progress=False)
+    with pytest.raises(OptionError, match="batch=2 cannot be: init is 'priors', and many replicates"):
+        pirl.calibrate(far, DATA, batch=2, init="priors", progress=False)
     with pytest.raises(OptionError, match="batch=2 cannot be: with the option loop"):
         pirl.calibrate(far, DATA, batch=2, loop=True, progress=False)
     with pytest.raises(OptionError, match="batch=2 cannot be: the data are drawn by draw_data"):
@@ -855,7 +883,7 @@ def test_a_study_that_goes_on_keeps_its_quantities_apart(tmp_path: Path) -> None
         ([3], "a list of names"),
         ({3: len}, "a list of names"),
         ({"draw": len}, "use the name 'draw' themselves: leave"),
-        (["return_gap_walks"], "use the name 'return_gap_walks' themselves: leave"),
+        (["return_gap"], "use the name 'return_gap' themselves: leave"),
         ({"q": 3}, "'q' is an int: give a function"),
         (["mu"], "'mu' is a parameter, which is ranked already"),
         ({"mu": lambda draws, data: draws["mu"]}, "'mu' is a parameter, which is ranked already"),
@@ -1017,6 +1045,20 @@ def test_what_is_recorded_comes_in_the_order_of_the_model() -> None:
     assert list(found["ranks"].data_vars) == ["z", "b", "y", "a", "log_likelihood"]
 
 
+def test_the_order_of_quantities_is_that_of_the_model_and_their_columns_are_by_name(tmp_path: Path) -> None:
+    """Processes that began a study in other orders put their rows together."""
+    path = tmp_path / "study.ckpt"
+    options: dict[str, Any] = {"engine": "laplace", "num_draws": 9, "progress": False, "num_replicates": 2}
+    signs = {"b": 1.0, "a": -1.0}
+    own = {name: lambda draws, data, sign=sign: sign * draws["mu"] for name, sign in signs.items()}
+    found = pirl.calibrate(normal, DATA, quantities=own, checkpoint=path, **options)
+    assert list(found["prior"].data_vars) == ["mu", "log_likelihood", "b", "a"]
+    a, b, _, mu = checkpoints.read(path)["rows"][:, 1 : 4 * COLUMNS : COLUMNS].T  # the truths
+    for name, truths in (("a", a), ("b", b), ("mu", mu)):
+        np.testing.assert_array_equal(found["prior"][name].values[0], truths)
+    np.testing.assert_array_equal(a, -b)
+
+
 def test_what_is_recorded_is_ranked_where_parameters_are_not_identified() -> None:
     def model(data: Tensor) -> None:
         factors = pyro.sample("factors", dist.Normal(1.0, 1.0).expand([2]).to_event(1), infer={"identified": False})
@@ -1041,7 +1083,8 @@ def test_chains_are_compared_in_what_is_identified(monkeypatch: pytest.MonkeyPat
 
     def mirrored(potential: Potential, *, seed: int, **_: Any) -> Draws:
         noise = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return Draws({"factors": noise * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]}, unconstrained=True)
+        factors = noise * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None, None]
+        return Draws({"factors": factors}, unconstrained=True, stats={"diverging": torch.zeros(4, 50)})
 
     monkeypatch.setattr(module, "get_engine", lambda name: mirrored)
     options: dict[str, Any] = {"num_replicates": 3, "num_chains": 4, "num_samples": 50, "progress": False}

@@ -412,10 +412,19 @@ def test_a_file_that_is_no_posterior_has_status_2(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
+def test_modes_of_a_skewed_parameter_are_told() -> None:
+    """Whose largest draws would hide any distance."""
+    groups = healthy()
+    tau = np.exp(rng().normal(size=groups["posterior"]["tau"].shape))
+    groups["posterior"]["tau"] = tau * np.array([1.0, 50.0, 1.0, 50.0])[:, None]
+    finding = next(found for found in diagnose(tree(groups)) if found.kind == "modes")
+    assert "for tau, chains 0 and 2 stay near" in finding.what and "chains 1 and 3 stay near" in finding.what
+
+
 def test_a_large_parameter_is_looked_at_whole() -> None:
     groups = healthy()
     groups["posterior"]["reward"] = rng().normal(size=(CHAINS, DRAWS, 40, 25))
-    groups["posterior"]["reward"][1, :, 31, 7] += 2
+    groups["posterior"]["reward"][1, :, 31, 7] += 4
     posterior = tree(groups)
     (finding,) = diagnose(posterior)
     assert finding.kind == "modes"

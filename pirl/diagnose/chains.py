@@ -156,13 +156,15 @@ def _modes(facts: Facts, worst: int) -> str:
     draws = elements.draws[..., worst].astype(float).reshape(groups, -1, facts.count)
     if not all(rhat(group) < MIXES for group in draws):
         return ""
-    means = draws.mean((1, 2))
-    order = means.argsort()
-    cut = int(np.diff(means[order]).argmax()) + 1
-    low, high = means[order[:cut]].mean(), means[order[cut:]].mean()
-    if high - low <= 2 * np.sqrt(draws.var(-1).mean()):  # the two make one hump, as short chains often do
-        return ""
     size = draws.shape[1]
+    scores = normal_scores(draws.reshape(groups * size, -1)).reshape(groups, -1)
+    order = scores.mean(1).argsort()
+    cut = int(np.diff(scores.mean(1)[order]).argmax()) + 1
+    low, high = scores[order[:cut]], scores[order[cut:]]
+    # Two normal humps of equal weight are one hump until their means are two deviations apart.
+    if high.mean() - low.mean() <= 2 * np.sqrt((low.var() + high.var()) / 2):
+        return ""
+    means = draws.mean((1, 2))
     words = []
     for side in (np.sort(order[:cut]), np.sort(order[cut:])):
         members = [chains[g * size + c] for g in side for c in range(size)]

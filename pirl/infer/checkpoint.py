@@ -92,7 +92,7 @@ class Checkpoint:
         tolerance = 1e-3 if probe.dtype == np.float32 else 1e-7
         if probe.shape != self.probe.shape or not np.allclose(probe, self.probe, tolerance, tolerance, equal_nan=True):
             raise CheckpointError(
-                f"{self.path} belongs to another run, whose model, data or quantities give other numbers: "
+                f"{self.path} belongs to another run: its model or data, or quantities of a study, give other numbers: "
                 "name another file, or delete it"
             )
         return arrays

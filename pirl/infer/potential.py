@@ -7,6 +7,8 @@ support may depend on other sites. All functions work under torch's autograd and
 
 from __future__ import annotations
 
+import os
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -77,7 +79,9 @@ def base_of(fn: Any) -> Any:
 
 def place_of(error: BaseException) -> str:
     """Where in a user's code it arose, for a message; nothing where that is not known."""
-    own = tuple(str(folder) for folder in (*torch.__path__, *pyro.__path__, Path(__file__).parents[1]))
+    others = (sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
+    folders = (*torch.__path__, *pyro.__path__, Path(__file__).parents[1], *others)
+    own = tuple(f"{folder}{os.sep}" for folder in folders)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
     return f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 

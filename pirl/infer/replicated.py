@@ -149,7 +149,8 @@ class ReplicatedPotential:
             with torch.no_grad():
                 value, slope = self._plain(rows)
         except Exception as error:  # what a model may do with dims it did not expect has no one name
-            raise ModelError(f"the model does not take many data sets at once: {named_line(error)}") from error
+            said = first_line(error) if isinstance(error, PirlError) else named_line(error)
+            raise ModelError(f"the model does not take many data sets at once: {said}") from error
         value, slope = (x.reshape(-1, self.replicates, *x.shape[1:])[:2] for x in (value, slope))
         tolerance = torch.finfo(rows.dtype).eps ** 0.6
         for r, potential in enumerate(potentials):
