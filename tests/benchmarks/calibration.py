@@ -8,7 +8,8 @@ costs) and optimality (the literal graphical model with enumerated states). Each
 on from there, also to more replicates. Its ranks are kept in tests/benchmarks/calibration_ranks, a file for each seed,
 and --table judges all of a case and engine together: of other seeds, replicates are others. svi and laplace are
 approximations: their departures are reported and not held against them. "chees alone" samples replicates one by one,
-with the adaptation of ``pirl.fit``; "chees" many at once. One process a study: start several by hand on several cores.
+with the adaptation of ``pirl.fit``; "chees" many at once. "nuts short" is how the bus was studied first. One process a
+study: start several by hand on several cores.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ RANKS = Path(__file__).with_name("calibration_ranks")
 
 SIZES: dict[str, dict[str, int]] = {
     "nuts": {"num_chains": 1, "num_warmup": 150, "num_samples": 150},
+    # In fewer than 20 steps Pyro adapts the step size alone; longer windows have too few steps of that at their end.
+    "nuts short": {"num_chains": 1, "num_warmup": 19, "num_samples": 250},
     "chees": {"num_chains": 16, "num_warmup": 150, "num_samples": 20},
     "chees alone": {"num_chains": 16, "num_warmup": 150, "num_samples": 20, "batch": 1},
     "smc": {"num_chains": 1, "num_samples": 256},
@@ -51,8 +54,8 @@ SIZES: dict[str, dict[str, int]] = {
 OF_CASE = {
     # Truths are drawn from wide bounds: chains from there are long on their way to a posterior of a hundredth of them.
     ("bus", "chees"): {"init": "laplace", "num_warmup": 60},
-    # In fewer than 20 steps Pyro adapts the step size alone; longer windows have too few steps of that at their end.
-    ("bus", "nuts"): {"init": "laplace", "num_warmup": 19, "num_samples": 250},
+    ("bus", "nuts"): {"init": "laplace", "num_warmup": 100, "num_samples": 400},
+    ("bus", "nuts short"): {"init": "laplace"},
 }
 
 
