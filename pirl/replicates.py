@@ -209,13 +209,13 @@ class Study:
             torch.manual_seed(derive_seed(self.seed, _TRUTHS, number) ^ 1)
             found = {name: ranked(name, x) for name, x in quantities_at(potential, both, self.quantities)}
         flat = self._judged(number, potential, draws, num_draws)
-        flat = flat[..., varying(flat)[0]]  # of a constant nothing is known
-        ess, torn = ess_bulk(flat), rhat(flat)
+        varies = varying(flat)[0]  # of a constant nothing is known
+        ess, torn = (of(flat[..., varies]) if varies.any() else np.array([np.nan]) for of in (ess_bulk, rhat))
         diverging = draws.stats.get("diverging")
         return Comparison(
             found,
-            ess=float(np.fmin.reduce(ess, initial=np.nan)),
-            rhat=float(np.fmax.reduce(torn, initial=np.nan)),
+            ess=float(np.fmin.reduce(ess)),
+            rhat=float(np.fmax.reduce(torn)),
             divergences=0.0 if diverging is None else float(diverging.double().mean()),
         )
 

@@ -196,6 +196,8 @@ def test_chains_of_which_nothing_is_known_are_not_taken_for_good_ones(monkeypatc
     found.attrs["engine"] = "chees"
     assert np.isnan(found["sample_stats"]["rhat"]).all()
     told = words(found, verdicts(found))
+    point = study(monkeypatch, exact(width=0.0), num_replicates=2, num_draws=9)  # of draws that are all the same
+    assert np.isnan(point["sample_stats"]["ess"]).all() and np.isnan(point["sample_stats"]["rhat"]).all()
     assert told[0].startswith("Calibrated on the whole") and "Of 100% of the posteriors R-hat is unknown" in told[1]
 
 
