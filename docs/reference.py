@@ -27,7 +27,7 @@ INTERNAL = {
     "pirl.infer.adaptation", "pirl.infer.batched", "pirl.infer.checkpoint", "pirl.infer.datatree", "pirl.infer.engine",
     "pirl.infer.ensemble", "pirl.infer.hmc", "pirl.infer.importance", "pirl.infer.memory", "pirl.infer.population",
     "pirl.infer.potential", "pirl.infer.progress", "pirl.infer.ranks", "pirl.infer.recorded", "pirl.infer.replicated",
-    "pirl.infer.sampling",
+    "pirl.infer.sampling", "pirl.infer.user_errors",
 }  # fmt: skip
 """Modules without a page of their own. Every other one is public, and so is each of its names."""
 

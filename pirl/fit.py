@@ -25,8 +25,8 @@ from pirl.infer.checkpoint import open_checkpoint
 from pirl.infer.datatree import Named, check_names, check_reserved, describe, planned, to_datatree
 from pirl.infer.engine import START_STREAM, one_thread, own_generator, reseed
 from pirl.infer.memory import check_memory
-from pirl.infer.potential import NO_DENSITY
 from pirl.infer.ranks import join
+from pirl.infer.user_errors import NO_DENSITY
 from pirl.partition import untrusted
 from pirl.posterior.from_samples import partition_quality
 from pirl.posterior.identification import identified

@@ -19,7 +19,8 @@ from pirl.convergence import FEWEST_DRAWS, ess_bulk, rhat, varying
 from pirl.errors import ModelError, OptionError, PirlError, first_line, form, named_line
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
-from pirl.infer.potential import NO_DENSITY, Potential, Values, base_of, own_errors
+from pirl.infer.potential import Potential, Values, base_of
+from pirl.infer.user_errors import NO_DENSITY, own_errors
 from pirl.quantities import Quantity, Ranked, named, own_quantities, own_quantities_at, quantities_at, ranked
 from pirl.setting import Setting, bound
 

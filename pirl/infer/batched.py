@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pirl.errors import ModelError, first_line
-from pirl.infer.potential import NO_DENSITY, Potential, place_of
+from pirl.infer.potential import Potential
 from pirl.infer.recorded import record as record_function
+from pirl.infer.user_errors import NO_DENSITY, place_of
 
 Evaluation = tuple[Float[Tensor, " B"], Float[Tensor, "B D"], Float[Tensor, " B"]]
 """U, its gradient, and the log-likelihood."""

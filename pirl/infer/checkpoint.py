@@ -26,7 +26,8 @@ import torch
 
 from pirl.errors import CheckpointError
 from pirl.infer.engine import STARTS, random_numbers
-from pirl.infer.potential import NO_DENSITY, Potential
+from pirl.infer.potential import Potential
+from pirl.infer.user_errors import NO_DENSITY
 
 FORMAT = 1
 MAGIC = b"pirl checkpoint %d\n" % FORMAT

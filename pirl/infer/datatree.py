@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, form, warn
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, one_thread, own_generator, reseed
-from pirl.infer.potential import NO_DENSITY, Potential, Site, Values
+from pirl.infer.potential import Potential, Site, Values
+from pirl.infer.user_errors import NO_DENSITY
 
 if TYPE_CHECKING:
     import xarray

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pirl.errors import ConvergenceWarning, warn
 from pirl.infer.engine import Draws
-from pirl.infer.potential import NO_DENSITY, Potential, Values
+from pirl.infer.potential import Potential, Values
+from pirl.infer.user_errors import NO_DENSITY
 
 TRUSTED_K = 0.7
 FEWEST = 25

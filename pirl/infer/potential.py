@@ -7,14 +7,10 @@ support may depend on other sites. All functions work under torch's autograd and
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -28,13 +24,11 @@ from torch.distributions.mixture_same_family import MixtureSameFamilyConstraint
 from torch.distributions.transforms import Transform
 
 from pirl.errors import DiscreteLatentError, ModelError, PirlError, first_line
+from pirl.infer.user_errors import NO_DENSITY, own_errors, place_of
 
 Values = dict[str, Tensor]
 
 SURVEY_ATTEMPTS = 100
-
-NO_DENSITY = (ArithmeticError, torch.linalg.LinAlgError)
-"""What a model may raise where it has no density: for pirl's own errors of that kind, see :mod:`pirl.errors`."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +69,6 @@ def base_of(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
-
-
-def place_of(error: BaseException) -> str:
-    """Where in a user's code it arose, for a message; nothing where that is not known."""
-    others = (sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib"))
-    folders = (*torch.__path__, *pyro.__path__, Path(__file__).parents[1], *others)
-    own = tuple(f"{folder}{os.sep}" for folder in folders)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(own)]
-    return f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def kind_of(message: Mapping[str, Any]) -> str:
@@ -345,30 +330,6 @@ class Potential:
                 return f"the gradient at site {name!r} is not finite"
         name = max(slopes, key=lambda key: float(slopes[key].abs().max()))
         return f"the gradient is largest at site {name!r}, {float(slopes[name].abs().max()):.3g}"
-
-
-def own_error(error: BaseException) -> PirlError | None:
-    """What pirl said where Pyro wrapped it, or added a table of shapes to it; None where it was not pirl."""
-    reason: BaseException | None = error
-    while isinstance(reason, (PirlError, ValueError, RuntimeError)):  # Pyro wraps no others
-        cause = reason.__cause__
-        repeated = type(cause) is type(reason) and str(cause) != "" and str(reason).startswith(str(cause))
-        if isinstance(reason, PirlError) and not repeated:
-            return reason
-        reason = cause
-    return None
-
-
-@contextmanager
-def own_errors() -> Iterator[None]:
-    """Let pirl's errors through as they were raised, without what Pyro makes of them."""
-    try:
-        yield
-    except Exception as error:
-        said = own_error(error)
-        if said is None:
-            raise
-        raise said from said.__cause__
 
 
 def _survey(

@@ -26,10 +26,11 @@ from pirl.infer.engine import MOMENTA, Draws, laid_out, own_generator, random_nu
 from pirl.infer.ensemble import Ensemble
 from pirl.infer.hmc import Metric
 from pirl.infer.population import MOST_DENSE, WHITENED_LENGTH, check_options
-from pirl.infer.potential import NO_DENSITY, Potential, Values, bijection, kind_of
+from pirl.infer.potential import Potential, Values, bijection, kind_of
 from pirl.infer.ranks import ALONE
 from pirl.infer.recorded import record as record_function
 from pirl.infer.start import DISPERSION, laplace_metric
+from pirl.infer.user_errors import NO_DENSITY
 
 WIDTH = 1024
 """Chains of a block, of all replicates: each call has to look up the counts of all of them, however many chains."""

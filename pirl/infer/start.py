@@ -12,7 +12,8 @@ from pirl.errors import ModelError, NonFiniteError, OptionError, first_line, for
 from pirl.infer.batched import BatchedPotential
 from pirl.infer.engine import STARTS, random_numbers, reseed
 from pirl.infer.hmc import Metric
-from pirl.infer.potential import NO_DENSITY, Potential, Values
+from pirl.infer.potential import Potential, Values
+from pirl.infer.user_errors import NO_DENSITY
 
 __all__ = ["find_start", "find_starts"]
 

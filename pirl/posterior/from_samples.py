@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pirl.errors import ModelError, OptionError, check_counts
 from pirl.infer.engine import one_thread, own_generator
-from pirl.infer.potential import own_errors
+from pirl.infer.user_errors import own_errors
 from pirl.partition import PartitionEstimate
 from pirl.partition.gates import ESS_PER_DEMONSTRATION, untrusted
 from pirl.pool import Pool, ratio_of_table
