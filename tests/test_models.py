@@ -18,6 +18,7 @@ from models import bus_engine, frozen_lake, gridworld
 from pirl.datasets import simulate
 from pirl.envs import gridworld as make_gridworld
 from pirl.errors import OptionError
+from tests.bus_grid import BusGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,21 +99,10 @@ def test_replacements_are_simulated_given_the_months() -> None:
     assert ((mapped.mean(dim=0)[0] - months[0] * p).abs() <= 4 * error * (500 / 400) ** 0.5).all()
 
 
-def quadrature(arguments: dict[str, Any], size: int = 31) -> dict[str, dict[str, float]]:
-    """Posterior mean and sd of the costs on a grid over the prior, by the library's batched rewards.
-
-    For a smooth density the error of equal weights falls faster than any power of the step, here about 1e-5.
-    """
-    axes = [torch.linspace(*arguments["bounds"][name], size, dtype=torch.float64) for name in ("RC", "theta11")]
-    cost, theta = (x.flatten() for x in torch.meshgrid(*axes, indexing="ij"))
-    kept, replaced = (arguments["months"] - arguments["replaced"]).sum(dim=0), arguments["replaced"].sum(dim=0)
-    log_policy = pirl.soft_policy(arguments["mdp"], bus_engine.costs(cost, theta))
-    weight = torch.softmax((log_policy * torch.stack([kept, replaced], dim=-1)).sum(dim=(-2, -1)), dim=0)
-    moments = {}
-    for name, x in (("RC", cost), ("theta11", theta)):
-        mean = (weight * x).sum()
-        moments[name] = {"mean": mean.item(), "sd": ((weight * (x - mean) ** 2).sum().sqrt()).item()}
-    return moments
+def quadrature(arguments: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Posterior mean and sd of the costs; for a smooth density errors fall faster than any power of a cell's width."""
+    grid = BusGrid(arguments, size=31)
+    return grid.moments(grid.posterior(grid.log_likelihood(arguments["replaced"])))[0]
 
 
 def test_the_grid_gives_the_known_posterior_of_group_4() -> None:

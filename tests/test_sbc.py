@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
 import pirl
-from pirl.verdicts import verdicts
+from models import bus_engine
+from pirl.verdicts import judge, verdicts
+from tests.bus_grid import QUANTITIES, BusGrid, truths_below
 
 ALARM = 1e-3
 """Adjusted p-value that fails a test: a sound engine does so once in a thousand seeds."""
@@ -81,3 +84,11 @@ def test_engines_are_calibrated(engine: str, reading: str, sizes: dict[str, Any]
     assert table["p_adjusted"].min() > ALARM, table
     if engine == "chees":
         assert (study.attrs["sampler"] == "chees") == ("batch" in sizes)
+
+
+def test_truths_of_a_study_lie_in_exact_posteriors_as_they_should() -> None:
+    # Without an engine: what a study draws, and the density of the model, are one law. Of 400 data sets the mean of a
+    # uniform rank among 19 draws has a standard error of .3; a grid of 100 x 100 cells errs by some hundredths.
+    u = truths_below(BusGrid(bus_engine.load(group="4"), size=100), seed=0, count=400)
+    table = judge(np.minimum((20 * u).astype(int), 19), 19, QUANTITIES)
+    assert table["p_adjusted"].min() > ALARM, table

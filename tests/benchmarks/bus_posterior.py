@@ -17,8 +17,8 @@ import torch
 
 import pirl
 from models import bus_engine
+from tests.bus_grid import NAMES, BusGrid
 
-NAMES = ("RC", "theta11")
 QUANTILES = (0.05, 0.5, 0.95)
 ENGINES: dict[str, dict[str, Any]] = {
     "nuts": {**bus_engine.defaults["nuts"], "num_samples": 2000},
@@ -27,27 +27,14 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-def grid(arguments: dict[str, Any], size: int = 121) -> tuple[dict[str, np.ndarray], float]:
+def grid(arguments: dict[str, Any]) -> tuple[dict[str, np.ndarray], float]:
     """Mean, sd and 5/50/95% quantiles of each cost, and their correlation."""
-    axes = [torch.linspace(*arguments["bounds"][name], size, dtype=torch.float64) for name in NAMES]
-    kept, replaced = (arguments["months"] - arguments["replaced"]).sum(dim=0), arguments["replaced"].sum(dim=0)
-    counts = torch.stack([kept, replaced], dim=-1)
-    rows = [
-        (pirl.soft_policy(arguments["mdp"], bus_engine.costs(cost.expand(size), axes[1])) * counts).sum(dim=(-2, -1))
-        for cost in axes[0]
-    ]
-    weight = torch.softmax(torch.stack(rows).flatten(), dim=0).reshape(size, size).numpy()
-    figures = {}
-    centred = []
-    for number, name in enumerate(NAMES):
-        x, marginal = axes[number].numpy(), weight.sum(axis=1 - number)
-        mean = marginal @ x
-        centred.append(x - mean)
-        # Each grid point stands for the cell around it, so half of its own weight lies below it.
-        below = np.cumsum(marginal) - marginal / 2
-        figures[name] = np.array([mean, np.sqrt(marginal @ (x - mean) ** 2), *np.interp(QUANTILES, below, x)])
-    covariance = centred[0] @ weight @ centred[1]
-    return figures, float(covariance / (figures["RC"][1] * figures["theta11"][1]))
+    exact = BusGrid(arguments, size=121)
+    cells = exact.posterior(exact.log_likelihood(arguments["replaced"]))
+    moments, correlation = exact.moments(cells)
+    return {
+        name: np.array([*moments[name].values(), *exact.quantiles(cells, name, QUANTILES)]) for name in NAMES
+    }, correlation
 
 
 def main() -> None:
