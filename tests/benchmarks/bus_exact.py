@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.bus_exact [--replicates 10000] [--seed 5] [--cells 300]
 
-First truths and data alone: where are truths within their exact posteriors, of as many data sets as asked for? Then
-every engine whose ranks ``tests.benchmarks.calibration`` has kept, on the data that it had: the mean of rank less its
-expectation, which has nothing to do with where the truths happen to be, and its spread relative to the binomial's,
-which is above 1 where draws are not independent.
+First every engine whose ranks ``tests.benchmarks.calibration`` has kept, on the data that it had: p-values of its ranks
+and of the exact ones of the same truths; by how much ranks are off those that the exact posterior expects, which has
+nothing to do with where truths happen to be, and how far in for a posterior that is too wide (z wide); and their
+spread relative to the binomial's, above 1 where draws are not independent. Then truths and data alone: where are truths
+within exact posteriors, of as many data sets as asked for?
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.bus_grid import QUANTITIES, BusGrid, truths_below
 
 
 def kept(grid: BusGrid) -> pandas.DataFrame:
-    """A row for each engine and quantity: replicates, mean ranks, and how far off the engine is."""
+    """A row for each engine and quantity: where truths lie, and how far the engine's ranks are from there."""
     parts = dict[str, list[tuple[np.ndarray, np.ndarray]]]()
     for path in sorted(RANKS.glob("bus-*.csv")):
         found = pandas.read_csv(path)
@@ -34,18 +35,32 @@ def kept(grid: BusGrid) -> pandas.DataFrame:
     for engine, pairs in parts.items():
         ranks, u = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
         off = ranks - NUM_DRAWS * u
-        error = off.std(axis=0, ddof=1) / len(off) ** 0.5
-        spread = (off**2).mean(axis=0) / (NUM_DRAWS * u * (1 - u)).mean(axis=0)
+        # A posterior that is too wide moves low ranks up, and high ones down.
+        wide = -off * (u - 0.5)
+        theirs, exact = (judge(x, NUM_DRAWS, QUANTITIES)["p_adjusted"] for x in (ranks, places(u)))
         for number, name in enumerate(QUANTITIES):
             rows.append(
                 {
                     "engine": engine, "replicates": len(ranks), "quantity": name,
-                    "mean rank": ranks[:, number].mean(), "exact": NUM_DRAWS * u[:, number].mean(),
-                    "off by": off[:, number].mean(), "+-": error[number],
-                    "z": off[:, number].mean() / error[number], "spread": spread[number],
+                    "p": theirs[name], "p exact": exact[name],
+                    "mean": ranks[:, number].mean(), "mean exact": NUM_DRAWS * u[:, number].mean(),
+                    "off by": off[:, number].mean(), "+-": error_of(off)[number],
+                    "z": (off.mean(axis=0) / error_of(off))[number],
+                    "z wide": (wide.mean(axis=0) / error_of(wide))[number],
+                    "spread": ((off**2).mean(axis=0) / (NUM_DRAWS * u * (1 - u)).mean(axis=0))[number],
                 }
             )  # fmt: skip
     return pandas.DataFrame(rows)
+
+
+def error_of(values: np.ndarray) -> np.ndarray:
+    """Standard error of the mean of rows."""
+    return np.asarray(values.std(axis=0, ddof=1) / len(values) ** 0.5)
+
+
+def places(u: np.ndarray) -> np.ndarray:
+    """In which of as many cells as there are ranks among NUM_DRAWS draws: uniform as u is."""
+    return np.minimum((u * (NUM_DRAWS + 1)).astype(int), NUM_DRAWS)
 
 
 def main() -> None:
@@ -58,10 +73,8 @@ def main() -> None:
     grid = BusGrid(bus_engine.load(group="4"), given.cells)
     print(kept(grid).round(3).to_string(index=False), flush=True)
     u = truths_below(grid, given.seed, given.replicates)
-    # Cells of u as wide as those of ranks among NUM_DRAWS draws, which are uniform as u is.
-    places = np.minimum((u * (NUM_DRAWS + 1)).astype(int), NUM_DRAWS)
     print(f"{given.replicates} truths within exact posteriors")
-    print(judge(places, NUM_DRAWS, QUANTITIES).assign(mean=u.mean(axis=0)).round(3).to_string())
+    print(judge(places(u), NUM_DRAWS, QUANTITIES).assign(mean=u.mean(axis=0)).round(3).to_string())
 
 
 if __name__ == "__main__":
