@@ -18,6 +18,7 @@ from pirl.distributions import TabularTrajectory
 from pirl.errors import DiscreteLatentError, ModelError, named_line
 from pirl.infer.engine import own_generator
 from pirl.infer.potential import Values, base_of, kind_of
+from pirl.infer.user_errors import place_of
 from pirl.linear_gaussian import LinearGaussianTrajectory
 from pirl.sampled import SampledMaxEntTrajectory
 from pirl.setting import Setting, leaves
@@ -51,7 +52,7 @@ def fitted_branch(model: Callable[..., Any], setting: Setting, seed: int) -> Fit
             torch.manual_seed(seed)
             trace = pyro.poutine.trace(model).get_trace(*setting.args, **setting.kwargs)
     except Exception as error:  # will be said of the model without data, or with those of a replicate
-        return Fitted(fails=named_line(error))
+        return Fitted(fails=f"{named_line(error)}{place_of(error)}")
     kinds = {name: kind_of(node) for name, node in trace.nodes.items() if node["type"] == "sample"}
     given = [value for value in arguments if hasattr(value, "unobserved")]
     for name, kind in kinds.items():

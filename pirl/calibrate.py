@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pirl.errors import ConvergenceWarning, MemoryLimitError, ModelError, OptionError, check_counts, form
+from pirl.errors import ConvergenceWarning, MemoryLimitError, OptionError, check_counts, form
 from pirl.fit import check_options, engine_options
 from pirl.infer import get_engine
 from pirl.infer.datatree import check_names, check_reserved, planned, to_datatree
@@ -72,7 +73,8 @@ def calibrate(
     """Simulation-based calibration of a model with an engine.
 
     The arguments are those of :func:`pirl.fit`; of demonstrations only the plan counts (how many, for how long, whose,
-    from which starts where those are given). Ranks are taken of each element of each latent site, of the
+    from which starts where those are given). Ranks are taken of each element of each latent site (where these are not
+    identified by themselves, as weights of networks are not, of what the model records of them), of the
     log-likelihood, of the *return gap* (what the demonstrators' policy, estimated from the data, earns more than
     actions taken for no reason: identified, though rewards are not), and of ``quantities``.
 
@@ -163,8 +165,8 @@ def calibrate(
         if num_replicates < ranks.size:
             raise OptionError(f"num_replicates is {num_replicates}, fewer than the {ranks.size} processes: start fewer")
         study = Study(model, setting, quantities, draw_data, seed)
-        own = study.at_truth(0) if study.quantities else {}
-        numbers = [x for name in sorted(own) for x in own[name]]
+        known = study.at_truth(0)
+        numbers = [x for name in sorted(known) for x in known[name]]
         identity = {
             "kind": "calibration", "model": getattr(model, "__name__", type(model).__name__), "engine": engine,
             "seed": seed, **counts,
@@ -179,8 +181,8 @@ def calibrate(
         theirs = {dim for name in study.plan for dim in (dims or {}).get(name, ())}
         ours = {dim for group in plan.values() for layout, _ in group.values() for dim in layout}
         check_names(plan, {dim: labels for dim, labels in (coords or {}).items() if dim not in theirs - ours})
-        known = {*plan["posterior"], *potential.sites, *study.plan, *study.quantities}
-        if unknown := set(dims or {}) - known:
+        dims_of = {*plan["posterior"], *potential.sites, *study.plan, *study.quantities}
+        if unknown := set(dims or {}) - dims_of:
             raise OptionError(f"dims names {sorted(unknown)[0]!r}, which is no site, argument or quantity of the model")
         names = {name: layout for name, (layout, _) in plan["posterior"].items()}
         names |= {name: tuple(dims[name]) for name in study.quantities if dims and name in dims}
@@ -204,16 +206,14 @@ def calibrate(
                 raise KeyboardInterrupt
             return study.compare(number, truth, potential, draws, num_draws)
 
-        def many(numbers: Sequence[int], shown: Callable[[float], None]) -> list[Comparison]:
+        def many(numbers: Sequence[int], shown: Callable[[float], None]) -> list[Callable[[], Comparison]]:
             truths = [study.draw(number) for number in numbers]
             potentials = [study.potential(truth) for truth in truths]
             data = {name: torch.stack([truth.data[name] for truth in truths]) for name in truths[0].data}
             chains: dict[str, Any] = {**counts, **options, "seed": study.engine_seed(numbers[0])}
-            try:
-                found = run_all(potentials, model, data, **chains, told=shown)
-            except ModelError as error:
-                raise type(error)(f"{error}; with batch=1 replicates are sampled one by one") from error
-            return [study.compare(*case, num_draws) for case in zip(numbers, truths, potentials, found, strict=True)]
+            found = run_all(potentials, model, data, **chains, told=shown)
+            cases = zip(numbers, truths, potentials, found, strict=True)
+            return [partial(study.compare, *case, num_draws) for case in cases]
 
         alone = _one_by_one(engine, draw_data, options)
         if batch is not None and batch > 1 and alone:
@@ -241,6 +241,8 @@ def calibrate(
     if engine == "chees":
         ways = ["HMC of many replicates at once, with chees' transition"] * rows.together + ["chees"] * rows.apart
         attrs["sampler"] = "; ".join(ways)
+    if rows.why_apart:
+        attrs["sampled_one_by_one"] = rows.why_apart
     if said := [f"replicate {number}: {reason}" for number, reason in rows.reasons.items() if number < num_replicates]:
         attrs["failures"] = "; ".join(said[:3])
     used = {dim for group in groups.values() for layout, _ in group.values() for dim in layout}

@@ -3,8 +3,9 @@
 A model file is a Python file with
 
 - ``model(...)``, a Pyro program;
-- ``load(**options)``, which returns the named arguments of ``model``; its annotated keyword parameters (str, int,
-  float, bool, Path, Literal, or one of these or None) are what ``--set key=value`` sets;
+- ``load(**options)``, which returns the named arguments of ``model``; its keyword parameters are what
+  ``--set key=value`` sets, of the type that they are annotated with (str, int, float, bool, Path, Literal, or one of
+  these or None), or else of that of their defaults;
 
 and, where they help,
 
@@ -127,6 +128,8 @@ class ModelFile:
         except (NameError, SyntaxError, TypeError) as error:
             raise OptionError(f"{self.path}: the annotations of load() cannot be read: {error}") from None
         every = inspect.signature(self.load).parameters
+        plain = {name: type(one.default) for name, one in every.items() if type(one.default) in (bool, int, float)}
+        hints = {**plain, **hints}
         if any(one.kind is one.POSITIONAL_ONLY and one.default is one.empty for one in every.values()):
             raise OptionError(f"{self.path}: load() must take its options by name: leave out the /")
         parameters = {name: one for name, one in every.items() if one.kind in _NAMED}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pirl.errors import ModelError, OptionError, PirlError, form, named_line
 from pirl.infer.potential import Potential, Values
+from pirl.infer.user_errors import place_of
 from pirl.mdp import TabularMDP
 from pirl.planning import policy_value
 from pirl.posterior.draws import rewards_at, trajectory_laws
@@ -160,7 +161,7 @@ def named(what: str) -> Iterator[None]:
     except (PirlError, RuntimeError):
         raise
     except Exception as error:
-        raise ModelError(f"{what} raised {named_line(error)}") from error
+        raise ModelError(f"{what} raised {named_line(error)}{place_of(error)}") from error
 
 
 def return_gaps(potential: Potential, latent: Values) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,7 @@ from pirl.errors import ModelError, OptionError, PirlError, first_line, form, na
 from pirl.infer.datatree import replay_draws
 from pirl.infer.engine import Draws, derive_seed, own_generator
 from pirl.infer.potential import Potential, Values, base_of
-from pirl.infer.user_errors import NO_DENSITY, own_errors
+from pirl.infer.user_errors import NO_DENSITY, own_errors, place_of
 from pirl.quantities import Quantity, Ranked, named, own_quantities, own_quantities_at, quantities_at, ranked
 from pirl.setting import Setting, bound
 
@@ -121,10 +121,11 @@ class Study:
             if self.fitted.fails is not None:
                 order = ", ".join(bound(self.model, self.args, self.kwargs))
                 raise ModelError(
-                    f"the model does not run on its arguments ({self.fitted.fails}): check it, and their order, {order}"
+                    f"the model does not run on its arguments: {self.fitted.fails}; check it there, or the order of "
+                    f"its arguments, {order}"
                 ) from error
             raise ModelError(
-                f"the model does not run without data ({named_line(error)}): let it sample "
+                f"the model does not run without data: {named_line(error)}{place_of(error)}; let it sample "
                 "them (obs=demos.as_tensor()), or give draw_data= if it only says how likely data are"
             ) from error
         latent, data = {}, {}
@@ -165,19 +166,24 @@ class Study:
         for name, value in found.items():
             whole = hasattr(self.plan[name], "unobserved")
             if whole and (not hasattr(value, "unobserved") or value.as_tensor() is None):
+                kind = form(self.plan[name])
+                given = "the unobserved plan" if hasattr(value, "unobserved") else form(value)
                 raise OptionError(
-                    f"draw_data returned {form(value)} for {name!r}, but must return what was observed, "
-                    f"{form(self.plan[name])} as {name!r} is"
+                    f"draw_data returned {given} for {name!r}, but must return what was observed: {kind} with data"
                 )
         return dict(found)
 
     def at_truth(self, number: int) -> dict[str, list[float]]:
-        """The values of :attr:`quantities` at the truth of a replicate: by these a study knows its own again."""
+        """What is known at the truth of a replicate, by which a study knows its own again.
+
+        The parameters, the log density and the likelihood's part of it, and the values of :attr:`quantities`.
+        """
         truth = self.draw(number)
         potential = self.potential(truth)
-        values = potential.replay(truth.latent, unconstrained=False)["posterior"]
-        one = {name: value[None] for name, value in values.items()}
-        return {name: found.flatten().tolist() for name, found in own_quantities_at(potential, one, self.quantities)}
+        groups = potential.replay(truth.latent, unconstrained=False)
+        one = {name: value[None] for name, value in groups["posterior"].items()}
+        known = {**truth.latent, **groups["stats"], **dict(own_quantities_at(potential, one, self.quantities))}
+        return {name: value.detach().double().flatten().tolist() for name, value in known.items()}
 
     def potential(self, truth: Truth) -> Potential:
         """The posterior given a replicate's data."""

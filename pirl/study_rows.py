@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,6 @@ from pirl.errors import (
     CheckpointError,
     CheckpointWarning,
     InterruptedWarning,
-    ModelError,
     OptionError,
     PirlError,
     first_line,
@@ -29,6 +29,8 @@ from pirl.infer.checkpoint import Arrays, Checkpoint, open_checkpoint
 from pirl.infer.datatree import Named
 from pirl.infer.progress import progress_bar, say
 from pirl.infer.ranks import Ranks
+from pirl.infer.replicated import NotAtOnceError
+from pirl.infer.user_errors import NO_DENSITY
 from pirl.quantities import QUANTILES
 from pirl.replicates import Comparison, Study
 
@@ -56,12 +58,16 @@ class Rows:
         self.reasons: dict[int, str] = {}
         self.together = self.apart = False
         """Whether some were sampled at once, and some one by one."""
+        self.why_apart = ""
+        """Why the model cannot be sampled at once."""
+        self.alone_until = 0
+        """Replicates before this one are made one by one: their batch could not be sampled at once."""
         self.unsaved = False
 
     def fill(
         self,
         one: Callable[[int], Comparison],
-        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Callable[[], Comparison]]],
         path: str | os.PathLike[str] | None,
         identity: Mapping[str, Any],
         numbers: Sequence[float],
@@ -70,7 +76,7 @@ class Rows:
         """Make the replicates that are missing, saving them on the way.
 
         Args:
-            one, many: make a replicate, and many at once.
+            one, many: make a replicate, and many at once, of which each is then compared with its truth.
             path: of the checkpoint, which knows its study again by ``identity``, and to rounding by ``numbers``.
             progress: say how far it is.
         """
@@ -90,9 +96,10 @@ class Rows:
                     # The last of a batch is done when all of them are compared with their truths.
                     before, last = len(self.done), len(self.done) + len(missing) - 1
                     shown = lambda share: update(min(before + share * len(missing), last), "")  # noqa: B023, E731
-                    if len(missing) == 1 or not self._add_all(many, missing, shown):
-                        self.batch = 1  # those that follow go the same way
-                        self._add(one, missing[0])
+                    alone = len(missing) == 1 or before < self.alone_until
+                    if alone or not self._add_all(many, missing, shown):
+                        self.apart = True
+                        self._add(missing[0], partial(one, missing[0]))
                     update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
                     self._save(checkpoint)
             except KeyboardInterrupt:
@@ -122,27 +129,30 @@ class Rows:
 
     def _add_all(
         self,
-        many: Callable[[Sequence[int], Callable[[float], None]], list[Comparison]],
+        many: Callable[[Sequence[int], Callable[[float], None]], list[Callable[[], Comparison]]],
         numbers: Sequence[int],
         shown: Callable[[float], None],
     ) -> bool:
-        """Make replicates at once; False where that cannot be done."""
+        """Make replicates at once; False where that cannot be done, of these data sets or of any."""
         try:
-            results = many(numbers, shown)
-        except ModelError:
+            compared = many(numbers, shown)
+        except NotAtOnceError as error:
             if self.must and not self.done:
-                raise
+                raise NotAtOnceError(f"{error}; with batch=1 replicates are sampled one by one") from error
+            self.batch, self.why_apart = 1, first_line(error)  # those that follow go the same way
             return False
-        for found in results:
-            self._keep(found)
+        except (PirlError, *NO_DENSITY):  # one of them has no start, say: by itself it fails by itself
+            self.alone_until = len(self.done) + len(numbers)
+            return False
         self.together = True
+        for number, found in zip(numbers, compared, strict=True):
+            self._add(number, found)
         return True
 
-    def _add(self, one: Callable[[int], Comparison], number: int) -> None:
-        self.apart = True
+    def _add(self, number: int, one: Callable[[], Comparison]) -> None:
         try:
-            self._keep(one(number))
-        except PirlError as error:
+            self._keep(one())
+        except (PirlError, *NO_DENSITY) as error:
             if not self.done:  # as the others will
                 raise
             self.reasons[number] = first_line(error)
@@ -177,28 +187,35 @@ class Rows:
             told = json.loads(arrays["layout"].item())
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
             self.batch = min(self.batch, told["batch"])
-            self.together, self.apart = told["together"], told["apart"]
+            self.together, self.apart, self.why_apart = told["together"], told["apart"], told["why_apart"]
+            self.alone_until = told["alone_until"]
             saved = len(arrays["rows"])
             # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
-            kept = len(self.numbers) if saved >= len(self.numbers) else saved // self.batch * self.batch
+            whole = saved >= len(self.numbers) or saved < self.alone_until
+            kept = min(saved, len(self.numbers)) if whole else saved // self.batch * self.batch
             self.done, self.spare = list(arrays["rows"][:kept]), list(arrays["rows"][kept:])
             self.reasons = {int(number): reason for number, reason in told["reasons"].items()}
         return checkpoint
 
     def _arrays(self) -> Arrays:
-        ways = {"batch": self.batch, "together": self.together, "apart": self.apart}
+        ways = {name: getattr(self, name) for name in ("batch", "together", "apart", "why_apart", "alone_until")}
         layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, **ways})
         rows = np.stack([*self.done, *self.spare])
         return {"step": np.array(len(rows)), "rows": rows, "layout": np.array(layout)}
 
     def gathered(self) -> Float[np.ndarray, "R width"]:
-        """The rows of all processes, in the order of the replicates."""
+        """The rows of all processes, in the order of the replicates; from then on reasons and ways are those of all."""
+        self.together, self.apart = self.ranks.any(self.together, self.apart)
+        told = [json.loads(text) for text in self.ranks.gather_text(json.dumps([self.why_apart, self.reasons]))]
+        self.why_apart = next((why for why, _ in told if why), "")
+        reasons = {int(number): said for _, theirs in told for number, said in theirs.items()}
+        self.reasons = dict(sorted(reasons.items()))
         whole = len(range(0, self.num_replicates, self.ranks.size))
         own = torch.full((whole, len(self.done[0])), torch.nan, dtype=torch.float64, device="cpu")
         own[: len(self.done)] = torch.from_numpy(np.stack(self.done))
         # Where processes talk to each other.
-        every = self.ranks.gather(own.to(torch.empty(0).device), [whole] * self.ranks.size).cpu()
-        rows = every.reshape(self.ranks.size, whole, -1).transpose(0, 1).flatten(0, 1).numpy()
+        table = self.ranks.gather(own.to(torch.empty(0).device), [whole] * self.ranks.size).cpu()
+        rows = table.reshape(self.ranks.size, whole, -1).transpose(0, 1).flatten(0, 1).numpy()
         return rows[~np.isnan(rows[:, -1])]  # made, though perhaps failed
 
 

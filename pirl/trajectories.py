@@ -214,7 +214,8 @@ class Trajectories:
     def _observed(self) -> Tensor:
         if self._table is None:
             raise InvalidTrajectoriesError(
-                "these trajectories are unobserved: they have lengths and starts, no states or actions"
+                "these trajectories are unobserved: they have lengths and starts, no states or actions (where a model "
+                "simulates it is given such: observe by obs=demos.as_tensor())"
             )
         return self._table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,10 +33,12 @@ FEWEST = 20
 
 APPROXIMATE = ("laplace", "svi")
 
-UNTOLD = 0.4
-"""Correlation of truths and posterior means that the data leave a parameter at most, where they say little of it."""
+NARROW = 0.5
+"""Contraction above which a posterior claims that the data tell of a parameter."""
 
-FEW_DRAWS, BAD_RHAT, OFTEN = 0.5, 1.1, 0.05
+MOST_NAMED = 20
+
+FEW_DRAWS, BAD_RHAT, OFTEN, MOSTLY = 0.5, 1.1, 0.05, 0.5
 # R-hat of a few dozen draws a chain is often above 1.05 where nothing is wrong.
 
 
@@ -64,27 +66,22 @@ def verdicts(study: xarray.DataTree) -> pandas.DataFrame:
     check_study(study)
     num_draws = int(study.attrs["num_draws"])
     lived = ~_statistics(study)["failed"].astype(bool)
-    all_ranks, index = [], []
+    all_ranks = [data.values[0][lived].reshape(lived.sum(), -1) for data in study["ranks"].data_vars.values()]
+    index: list[str] = []
     rows: list[dict[str, float]] = []
-    for key, data in study["ranks"].data_vars.items():
-        name = str(key)
-        ranks = data.values[0][lived].reshape(lived.sum(), -1).astype(int)
-        truth = np.asarray(study["prior"][name])[0][lived].reshape(len(ranks), -1)
-        recovery = study["recovery"].to_dataset()[name].transpose("summary", "chain", "draw", ...)
-        mean, sd = (recovery.sel(summary=what).values[0][lived].reshape(len(ranks), -1) for what in ("mean", "sd"))
-        for element, label in enumerate(element_names(data)):
-            index.append(label)
+    for labels, truth, mean, sd in _recovered(study):
+        index += labels
+        for element in range(len(labels)):
             known = truth[:, element]
             spread = known.var(ddof=1) if len(known) > 1 else 0.0
             told = spread > 0 and len(known) >= FEWEST
-            all_ranks.append(ranks[:, element])
             rows.append(
                 {
                     "correlation": np.corrcoef(known, mean[:, element])[0, 1] if told else np.nan,
                     "contraction": 1 - (sd[:, element] ** 2).mean() / spread if told else np.nan,
                 }
             )
-    judged = judge(np.stack(all_ranks, -1), num_draws, index)
+    judged = judge(np.concatenate(all_ranks, -1).astype(int), num_draws, index)
     recovered = pandas.DataFrame(rows, index=judged.index)
     return pandas.concat([judged.drop(columns="finding"), recovered, judged["finding"]], axis=1)
 
@@ -198,6 +195,8 @@ def print_verdicts(study: xarray.DataTree) -> None:
 def _shown(number: float, digits: int) -> str:
     if np.isnan(number):
         return "-"
+    if number < -1:  # of contractions, of heavy tails above all: how far below does not matter
+        return "<-1"
     # Of p-values; whether shares are 0 does not matter to three digits.
     return f"<.{'0' * (digits - 1)}1" if 0 < number < 0.5 / 10**digits else f"{number:.{digits}f}"
 
@@ -262,17 +261,17 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
     elif count < FEWEST:
         many = counted(count, "replicate")
         lines = [f"Nothing leaves its band, but {many} tell too little: make {FEWEST} at least."]
+    elif max(few, torn, unknown) > MOSTLY:
+        lines = [
+            f"Nothing leaves its band, but most of the {count} posteriors are of chains that are too short, and so is "
+            "any judgement of them:"
+        ]
     else:
         lines = [
             f"Calibrated{on_whole}, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay "
             f"in their band (shares are known to +-{margin:.2f})."
         ]
-    # The correlation of so many replicates is off by so much: few of them cannot tell that the data tell nothing.
-    rows = found.drop(index=LOG_LIKELIHOOD, errors="ignore")
-    untold = [str(name) for name in rows.index[rows["correlation"].fillna(0.0).abs() + 2 / np.sqrt(count) < UNTOLD]]
-    if untold:
-        some = ", ".join(untold[:5]) + (", ..." if len(untold) > 5 else "")
-        lines.append(f"Of {some} the data tell little: posterior means hardly follow the truth.")
+    lines += _untold(study, found, count)
     if not lived.all():
         why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
         lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")
@@ -283,17 +282,70 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         )
     if torn > OFTEN:
         lines.append(
-            f"In {torn:.0%} of the posteriors chains disagree (R-hat above {BAD_RHAT}): warm up longer, or take more "
-            "samples."
+            f"In {torn:.0%} of the posteriors chains disagree (R-hat of what is judged here above {BAD_RHAT}): warm up "
+            "longer, or take more samples."
         )
     if unknown > OFTEN:
         lines.append(
             f"Of {unknown:.0%} of the posteriors R-hat is unknown: draws that never change, or fewer than 4 a chain."
         )
+    if "sampled_one_by_one" in study.attrs:
+        lines.append(f"Replicates were sampled one by one, which is slower: {study.attrs['sampled_one_by_one']}.")
     diverging = float((stats["divergences"][lived] > 0).mean())
     if diverging > OFTEN:
         lines.append(f"{diverging:.0%} of the posteriors have divergent transitions.")
     return lines
+
+
+def _untold(study: xarray.DataTree, found: pandas.DataFrame, count: int) -> list[str]:
+    """Which truths posterior means do not follow: because data tell nothing of them, or because they are not theirs."""
+    if count < FEWEST:
+        return []
+    follows = np.concatenate([_rank_correlation(truth, mean) for _, truth, mean, _ in _recovered(study)])
+    # What so many replicates cannot tell from none at all, whether relations are linear or not.
+    most = np.fmax(np.abs(follows), found["correlation"].abs().fillna(0.0))
+    lost = found[most < 2 / np.sqrt(count)].drop(index=LOG_LIKELIHOOD, errors="ignore")
+    narrow = [str(name) for name in lost.index[lost["contraction"] > NARROW]]
+    wide = [str(name) for name in lost.index if name not in narrow]
+    lines = []
+    if wide:
+        lines.append(
+            f"Of {_some(wide)} the data tell little, as far as so many replicates show: posterior means "
+            "hardly follow the truth."
+        )
+    if narrow:
+        source = f"what {study.attrs['draw_data']} draws" if "draw_data" in study.attrs else "data and model"
+        lines.append(
+            f"Posteriors of {_some(narrow)} are narrow and do not follow the truth: see whether {source} depend on it."
+        )
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _recovered(study: xarray.DataTree) -> Iterator[tuple[list[str], np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each quantity labels, truths, posterior means and sds ``[R, element]`` of the replicates that did not fail."""
+    lived = ~_statistics(study)["failed"].astype(bool)
+    recovery = study["recovery"].to_dataset()
+    for key, data in study["ranks"].data_vars.items():
+        name = str(key)
+        truth = np.asarray(study["prior"][name])[0][lived].reshape(lived.sum(), -1)
+        each = recovery[name].transpose("summary", "chain", "draw", ...)
+        mean, sd = (each.sel(summary=what).values[0][lived].reshape(truth.shape) for what in ("mean", "sd"))
+        yield element_names(data), truth, mean, sd
+
+
+def _rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's, of each column; NaN where one does not vary."""
+    import scipy.stats
+
+    ranks = [scipy.stats.rankdata(values, axis=0) for values in (x, y)]
+    a, b = (values - values.mean(0) for values in ranks)
+    size = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.divide((a * b).sum(0), size, out=np.full(len(size), np.nan), where=size > 0)
 
 
 def _statistics(study: xarray.DataTree) -> dict[str, np.ndarray]:

@@ -2,10 +2,7 @@
 
 There are two costs, and the months in which a choice was made stay what they are: how every choice is made at each
 point of a grid of costs is computed once, and the posterior given any choices is then one product of matrices.
-
-Ranks of truths among draws vary from one thousand data sets to the next, whatever the engine. Beside what the exact
-posterior given the same data lets expect they vary far less: with u(t, y) = P(draw < t | y) of truth t and data y, the
-rank of t among M independent draws is Binomial(M, u). So u tells of truths and data alone, rank - M u of the engine.
+What the places of truths in them tell of engines, see :mod:`tests.place_of_truth`.
 """
 
 from __future__ import annotations
@@ -48,8 +45,8 @@ class BusGrid:
         self.area = torch.outer(*(edges.diff() for edges in self.edges.values()))
         rows = [self._log_odds(cost.expand(size), self.centres["theta11"]) for cost in self.centres["RC"]]
         self.log_odds = torch.stack(rows)
-        # Months are those of the data, so that this term is the same in all data sets.
-        self.either = torch.nn.functional.softplus(self.log_odds) @ self.months
+        # log(1 + odds), once for each choice: they were made in the same months in all data sets.
+        self.log_normaliser = torch.nn.functional.softplus(self.log_odds) @ self.months
 
     def _log_odds(self, replacement_cost: Tensor, theta11: Tensor) -> Float[Tensor, "*batch S"]:
         log_policy = pirl.soft_policy(self.arguments["mdp"], bus_engine.costs(replacement_cost, theta11))
@@ -57,13 +54,13 @@ class BusGrid:
 
     def log_likelihood(self, replaced: Float[Tensor, "bus S"]) -> Float[Tensor, "RC theta11"]:
         """Log-likelihood of choices at the centre of each cell."""
-        return self.log_odds @ replaced.sum(dim=0) - self.either
+        return self.log_odds @ replaced.sum(dim=0) - self.log_normaliser
 
     def posterior(self, log_likelihood: Float[Tensor, "RC theta11"]) -> Float[Tensor, "RC theta11"]:
         """Probability of each cell."""
         return torch.softmax((log_likelihood + self.area.log()).flatten(), dim=0).reshape(self.area.shape)
 
-    def below(self, truth: Truth) -> Float[np.ndarray, "3"]:
+    def place(self, truth: Truth) -> Float[np.ndarray, "3"]:
         """u of each of ``QUANTITIES``: the posterior probability of less than the truth."""
         replaced = truth.data["replaced"]
         log_likelihood = self.log_likelihood(replaced)
@@ -97,9 +94,9 @@ class BusGrid:
         return torch.cat([torch.zeros(1, dtype=cells.dtype), marginal.cumsum(0)]).numpy()
 
 
-def truths_below(grid: BusGrid, seed: int, count: int) -> Float[np.ndarray, "R 3"]:
+def places_of_truths(grid: BusGrid, seed: int, count: int) -> Float[np.ndarray, "R 3"]:
     """u of the first truths of a study with this seed, which are uniform if it draws truths and data as it says."""
     setting = Setting.of((), grid.arguments)
     with setting.entered():
         study = Study(bus_engine.model, setting, seed=seed)
-        return np.stack([grid.below(study.draw(number)) for number in range(count)])
+        return np.stack([grid.place(study.draw(number)) for number in range(count)])

@@ -153,6 +153,10 @@ def test_options_are_converted_to_their_types(model: Path) -> None:
     result = fit(model, "--set", "fair=yes", "--set", "folder=here", "--set", "spread=2", "--set", "heads=3")
     assert "coin heads=3 spread=2.0 fair=True metal=tin folder=here" in result.stdout
     assert "folder" not in fit(model, "--set", "folder=none").stdout
+    # And where they are not annotated, to those of their defaults.
+    model.write_text(model.read_text().replace("heads: int = 6", "heads=6"))
+    assert "coin heads=3 " in fit(model, "--set", "heads=3").stdout
+    assert "--set heads=many: heads must be a whole number" in refused("fit", model, "--set", "heads=many")
 
 
 def test_an_existing_file_stays_until_all_is_written(model: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -548,3 +548,16 @@ def test_superchains_have_one_size(superchains: int) -> None:
 
 def test_enough_draws_are_a_hundred_a_chain_up_to_four() -> None:
     assert [wanted_ess(n) for n in (1, 2, 4, 5, 64)] == [100, 200, 400, 400, 400]
+
+
+def test_what_is_identified_is_told_beside_chains_that_disagree_elsewhere() -> None:
+    draws = rng().normal(size=(4, 400, 2))
+    draws[:, :, 0] += [[0.0], [0.2], [0.0], [0.3]]
+    (found,) = [
+        x
+        for x in diagnose(tree({"posterior": {"weights": draws}}, {**NUTS, "identified_rhat": 1.004}))
+        if x.kind == "rhat"
+    ]
+    assert "On what demonstrations identify, R-hat is 1.004." in found.what
+    (found,) = [x for x in diagnose(tree({"posterior": {"weights": draws}})) if x.kind == "rhat"]
+    assert "identify" not in found.what

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from pirl.envs import gridworld, gridworld_features
 from pirl.errors import (
     CheckpointError,
     CheckpointWarning,
+    ConvergenceWarning,
     InterruptedWarning,
     ModelError,
+    NonFiniteError,
     OptionError,
 )
 from pirl.infer import Potential
 from pirl.infer.engine import Draws
-from pirl.infer.replicated import ReplicatedPotential, run_all
+from pirl.infer.replicated import NotAtOnceError, ReplicatedPotential, run_all
 from pirl.replicates import Study
 from pirl.setting import Setting
 from pirl.verdicts import print_verdicts, verdicts
@@ -237,7 +240,10 @@ def test_fewer_replicates_leave_the_others_in_the_file(monkeypatch: pytest.Monke
     np.testing.assert_array_equal(spoilt["ranks"]["mu"].values, whole["ranks"]["mu"].values)
 
 
-def test_what_is_sampled_one_by_one_goes_on_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", [NotAtOnceError("no batch dims"), NonFiniteError("no start")])
+def test_what_is_sampled_one_by_one_goes_on_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: Exception
+) -> None:
     path, made = tmp_path / "study.ckpt", list[int]()
     own = Study.compare
 
@@ -248,7 +254,7 @@ def test_what_is_sampled_one_by_one_goes_on_one_by_one(monkeypatch: pytest.Monke
         return own(self, number, *rest)
 
     monkeypatch.setattr(Study, "compare", compare)
-    monkeypatch.setattr(module, "run_all", lambda *_, **__: (_ for _ in ()).throw(ModelError("not at once")))
+    monkeypatch.setattr(module, "run_all", lambda *_, **__: (_ for _ in ()).throw(reason))
     monkeypatch.setattr(module, "get_engine", lambda name: exact())
     sizes: dict[str, Any] = {
         "num_replicates": 6,
@@ -272,3 +278,97 @@ def test_a_full_disk_costs_no_replicates(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.warns(CheckpointWarning, match="no space left; the study goes on"):
         found = study(monkeypatch, exact(), num_replicates=7, checkpoint=tmp_path / "study.ckpt")
     assert found.attrs["num_replicates"] == 7
+
+
+def cornered(data: Tensor) -> None:
+    """Correlated pairs: torch finds no Cholesky factor where the correlation is not within -1 and 1."""
+    t = pyro.sample("t", dist.Normal(0.0, 0.6))
+    one = torch.ones_like(t)
+    covariance = torch.stack([torch.stack([one, t], -1), torch.stack([t, one], -1)], -2)
+    factor = torch.linalg.cholesky(covariance)
+    with pyro.plate("item", len(data)):
+        pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=factor), obs=data)
+
+
+PAIRS = torch.zeros(6, 2, dtype=torch.float64)
+
+
+def test_where_one_of_many_has_no_density_the_others_have_theirs() -> None:
+    """Torch stops where one of a batch of matrices has no factor."""
+    with Setting.of((PAIRS,), {}).entered(), pyro.validation_enabled(False):
+        potentials, data = stacked(cornered, (PAIRS,), 3)
+        target = ReplicatedPotential(potentials, cornered, data, torch.tensor([[0.1], [-0.3]]), width=6)
+        points = torch.tensor([[0.2], [0.5], [1.5], [-1.1], [-0.2], [0.9]])
+        value, slope, _ = target(points)
+        for row, point in enumerate(points):
+            if abs(float(point)) >= 1:
+                assert value[row].isnan() and slope[row].isnan()
+                continue
+            energy, gradient = potentials[row % 3].gradient({"t": point[0]})
+            torch.testing.assert_close(value[row], energy, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(slope[row, 0], gradient["t"], rtol=1e-10, atol=1e-10)
+
+
+def test_studies_of_models_without_a_density_somewhere() -> None:
+    sizes = {"num_replicates": 6, "num_chains": 4, "num_warmup": 20, "num_samples": 30, "progress": False}
+    study = pirl.calibrate(cornered, PAIRS, **sizes)
+    assert study.attrs["sampler"].startswith("HMC of many replicates at once")
+    assert "; chees" not in study.attrs["sampler"]
+    assert not study["sample_stats"]["failed"].values.any()
+    assert (abs(study["recovery"]["t"].sel(summary="mean")) < 1).all()
+    # Approximations do not know of it: what torch complains of is a failure of the replicate, and not of the study.
+    rough = pirl.calibrate(cornered, PAIRS, engine="laplace", num_replicates=20, num_draws=19, progress=False)
+    failed = rough["sample_stats"]["failed"].values
+    assert failed.any() and not failed.all()
+    assert "no density at a draw of the posterior" in rough.attrs["failures"]
+
+
+def test_a_replicate_that_fails_costs_the_others_nothing() -> None:
+    """What is not finite for one data set says nothing against many at once, and neither does one without a start."""
+    sizes = {"num_replicates": 6, "num_chains": 4, "num_warmup": 20, "num_samples": 30, "num_draws": 19}
+    plain = pirl.calibrate(normal, DATA, batch=3, progress=False, **sizes)
+    odd = float(plain["recovery"]["mu"].sel(summary="mean").values[0, 4])
+
+    def quantity(draws: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+        own = float(data["x"].sum()) / SCALE**2 / (1 + 4 / SCALE**2)
+        return draws["mu"] * (torch.nan if abs(own - odd) < 0.1 else 1.0)
+
+    study = pirl.calibrate(normal, DATA, batch=3, progress=False, quantities={"q": quantity}, **sizes)
+    assert study["sample_stats"]["failed"].values[0].tolist() == [0, 0, 0, 0, 1, 0]
+    assert study.attrs["sampler"] == plain.attrs["sampler"]
+    lives = [0, 1, 2, 3, 5]
+    assert np.array_equal(study["ranks"]["mu"].values[0, lives], plain["ranks"]["mu"].values[0, lives])
+
+
+def test_a_batch_without_starts_is_sampled_one_by_one_and_the_next_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+
+    def sometimes(potentials: list[Potential], *arguments: Any, **options: Any) -> Any:
+        calls.append(len(potentials))
+        if len(calls) == 2:
+            raise NonFiniteError("no start")
+        return run_all(potentials, *arguments, **options)
+
+    monkeypatch.setattr(module, "run_all", sometimes)
+    sizes = {"num_replicates": 6, "num_chains": 4, "num_warmup": 20, "num_samples": 30, "num_draws": 19}
+    study = pirl.calibrate(normal, DATA, batch=2, progress=False, **sizes)
+    assert calls == [2, 2, 2]
+    assert study.attrs["sampler"].endswith("; chees")
+    assert not study["sample_stats"]["failed"].values.any()
+
+
+def test_a_study_knows_itself_where_the_model_has_no_density_in_many_places(tmp_path: Path) -> None:
+    def picky(data: Tensor, scale: float) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if float(mu.detach().abs()) < 1.2:  # around 0, where others are told apart
+            raise ArithmeticError("no law")
+        with pyro.plate("item", len(data)):
+            pyro.sample("x", dist.Normal(mu, scale), obs=data)
+
+    path = tmp_path / "study.ckpt"
+    sizes = {"engine": "nuts", "num_warmup": 5, "num_samples": 20, "num_draws": 19, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pirl.calibrate(picky, DATA, 0.5, num_replicates=2, checkpoint=path, **sizes)
+        with pytest.raises(CheckpointError, match="another"):
+            pirl.calibrate(picky, DATA, 50.0, num_replicates=4, checkpoint=path, **sizes)

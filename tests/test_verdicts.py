@@ -141,7 +141,7 @@ def test_chains_of_which_nothing_is_known_are_not_taken_for_good_ones(monkeypatc
     told = words(found, verdicts(found))
     point = study(monkeypatch, exact(width=0.0), num_replicates=2, num_draws=9)  # of draws that are all the same
     assert np.isnan(point["sample_stats"]["ess"]).all() and np.isnan(point["sample_stats"]["rhat"]).all()
-    assert told[0].startswith("Calibrated on the whole") and "Of 100% of the posteriors R-hat is unknown" in told[1]
+    assert told[0].startswith("Nothing leaves its band, but most of") and "Of 100% of the posteriors R-hat" in told[1]
 
 
 def test_what_may_be_chance_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +252,37 @@ def test_what_the_data_do_not_tell_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert not any("the data tell little" in line for line in words(whole, verdicts(whole)))
     blind = study(monkeypatch, exact(blind=True))
     assert any(line.startswith("Of mu the data tell little") for line in words(blind, verdicts(blind)))
-    # Twenty replicates cannot tell that, and a contraction is a ratio of two variances.
     for count in (20, 19):
         few = study(monkeypatch, exact(blind=True), num_replicates=count)
-        assert not any("the data tell little" in line for line in words(few, verdicts(few)))
+        assert any("the data tell little" in line for line in words(few, verdicts(few))) == (count == 20)
         assert verdicts(few)["contraction"].isna().all() == (count < 20)
+    deaf = study(monkeypatch, exact(blind=True, width=0.1))  # sure of itself, whatever the data
+    told = words(deaf, verdicts(deaf))
+    assert any(line.startswith("Posteriors of mu are narrow and do not follow the truth") for line in told)
+
+
+def test_truths_with_heavy_tails_are_followed_by_their_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ratio has no variance: neither correlation nor contraction mean anything."""
+    heavy = {"heavy": lambda draws, data: torch.sinh(8 * draws["mu"])}
+    found = study(monkeypatch, exact(), quantities=heavy, num_replicates=60)
+    table = verdicts(found)
+    table.loc["heavy", "correlation"] = 0.05
+    assert not any("tell little" in line for line in words(found, table))
+    found["recovery"]["heavy"].loc[{"summary": "sd"}] *= 1e3
+    print_verdicts(found)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("heavy")]
+    assert " <-1 " in row
+
+
+def test_all_that_data_do_not_tell_of_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    luck = torch.Generator().manual_seed(0)
+    noise = {"noise": lambda draws, data: torch.randn(len(draws["mu"]), 25, generator=luck, dtype=torch.float64)}
+    found = study(monkeypatch, exact(), quantities=noise, num_replicates=30)
+    (line,) = [line for line in words(found, verdicts(found)) if "tell little" in line]
+    named = line.count("noise[") + int(line.split(" and ")[1].split()[0])
+    assert named >= 22  # each of 25 is further off than 2 standard errors with probability 5%
 
 
 @pytest.mark.parametrize(

@@ -94,12 +94,15 @@ def disagreement(facts: Facts) -> Iterator[Finding]:
     elif found.rhat[worst] > found.max_rhat:
         high = np.flatnonzero(found.rhat > found.max_rhat)
         size = np.nanmin(found.ess) if np.isfinite(found.ess).any() else np.nan
+        told = facts.number("identified_rhat")
+        sound = f" On what demonstrations identify, R-hat is {told:.3f}." if told <= found.max_rhat else ""
         yield Finding(
             "problem",
             "rhat",
             f"The chains do not agree yet: {kind} is above {found.max_rhat:.{3 if found.nested else 2}f} for "
             f"{worst_of([found.names[i] for i in high], found.rhat[high], '.3f')}"
-            + (f"; the draws count for as few as {size:.0f} independent ones." if np.isfinite(size) else "."),
+            + (f"; the draws count for as few as {size:.0f} independent ones." if np.isfinite(size) else ".")
+            + sound,
             "means and intervals depend on which chain, or which part of it, one looks at",
             longer_or_faster(facts),
         )

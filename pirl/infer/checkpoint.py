@@ -34,6 +34,8 @@ MAGIC = b"pirl checkpoint %d\n" % FORMAT
 DIGEST = 64
 EVERY = 30.0
 """Seconds between two checkpoints."""
+PROBES = 20
+"""Points at which a density is looked for, by which a run knows its model and data again."""
 STALE = 600.0
 """Seconds after which a file that nobody writes on is what a killed process left."""
 
@@ -140,15 +142,24 @@ def open_checkpoint(
     sites = {name: [list(site.shape), list(site.unconstrained_shape)] for name, site in potential.latent.items()}
     kept = {name: _plain(value) for name, value in identity.items()}
     dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-    numbers = random_numbers(0, STARTS, 1)
-    point = torch.from_numpy(numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
-    try:
-        energy, slopes = potential.gradient(potential.unflatten(point))
-        probe = torch.cat([energy.reshape(1), potential.flatten(slopes)]).detach().cpu().numpy()
-    except NO_DENSITY:  # no density there
-        probe = np.zeros(0)
+    probe = _probe(potential)
     probe = np.concatenate([probe, np.asarray(further, probe.dtype)])
     return Checkpoint(path, {**kept, "dtype": dtype, "sites": sites}, probe)
+
+
+def _probe(potential: Potential) -> np.ndarray:
+    """The density and its gradient at the first of some points where there is one; empty where there is none at all."""
+    for number in range(PROBES):
+        numbers = random_numbers(0, STARTS, 1 + number)
+        point = torch.from_numpy(numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
+        try:
+            energy, slopes = potential.gradient(potential.unflatten(point))
+        except NO_DENSITY:
+            continue
+        probe = torch.cat([energy.reshape(1), potential.flatten(slopes)]).detach().cpu().numpy()
+        if np.isfinite(probe).all():
+            return probe
+    return torch.empty(0, device="cpu").numpy()
 
 
 def _plain(value: Any) -> Any:

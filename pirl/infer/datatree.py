@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, form, warn
+from pirl.errors import ConvergenceWarning, ModelError, OptionError, PirlError, first_line, form, warn
 from pirl.infer.engine import PREDICTIVE_STREAM, PRIOR_STREAM, Draws, one_thread, own_generator, reseed
 from pirl.infer.potential import Potential, Site, Values
 from pirl.infer.user_errors import NO_DENSITY
@@ -96,7 +96,11 @@ def _agree(stacked: dict[str, Values], first: dict[str, Values]) -> bool:
 
 
 def replay_draws(potential: Potential, draws: Draws, log_likelihood: bool = True) -> dict[str, Values]:
-    """Evaluate the model at every draw: the groups of :meth:`Potential.replay`, ``[chain, draw, ...]``."""
+    """Evaluate the model at every draw: the groups of :meth:`Potential.replay`, ``[chain, draw, ...]``.
+
+    Raises:
+        ModelError: the model has no density at one of them.
+    """
 
     def replay(z: Values) -> dict[str, Values]:
         groups = potential.replay(z, draws.unconstrained)
@@ -105,7 +109,15 @@ def replay_draws(potential: Potential, draws: Draws, log_likelihood: bool = True
     chains, count = next(iter(draws.values.values())).shape[:2]
     here = torch.empty(0).device  # samplers keep draws in the memory of the host
     flat = {name: value.flatten(0, 1).to(here) for name, value in draws.values.items()}
-    groups = _stack_over_draws(replay, flat, chains * count, random=False, start=lambda: None)
+    try:
+        groups = _stack_over_draws(replay, flat, chains * count, random=False, start=lambda: None)
+    except PirlError:
+        raise
+    except NO_DENSITY as error:
+        raise ModelError(
+            f"the model has no density at a draw of the posterior ({first_line(error)}): approximations (laplace, svi) "
+            "may draw there; use nuts, chees or smc"
+        ) from error
     return {
         group: {name: value.unflatten(0, (chains, count)) for name, value in values.items()}
         for group, values in groups.items()

@@ -55,6 +55,20 @@ class Ranks:
             distributed.all_gather(parts, padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
+    def gather_text(self, own: str) -> list[str]:
+        """The texts of all ranks, in their order.
+
+        Raises:
+            RankError: another rank ended or does not answer.
+        """
+        if self.size == 1:
+            return [own]
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        letters = torch.tensor(list(own.encode()), dtype=torch.uint8, device=device)
+        counts = self.gather(torch.tensor([len(letters)], device=device), [1] * self.size).tolist()
+        parts = self.gather(letters, counts).split(counts)
+        return [bytes(part.tolist()).decode() for part in parts]
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether any rank raised it: so that all do the same next.
 

@@ -8,6 +8,7 @@ of a replicate share step size and mass matrix; replicates share nothing but the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from pirl.infer.potential import Potential, Values, bijection, kind_of
 from pirl.infer.ranks import ALONE
 from pirl.infer.recorded import record as record_function
 from pirl.infer.start import DISPERSION, laplace_metric
-from pirl.infer.user_errors import NO_DENSITY
+from pirl.infer.user_errors import NO_DENSITY, place_of
 
 WIDTH = 1024
 """Chains of a block, of all replicates: each call has to look up the counts of all of them, however many chains."""
@@ -40,6 +41,10 @@ START_ATTEMPTS = 100
 SLOW = 0.1
 """Share of replicates that may move less far than they should: how many steps are made is for all of them to share,
 and those of a tenth that needs the shortest steps should not be what all others wait for."""
+
+
+class NotAtOnceError(ModelError):
+    """A model cannot take many data sets at once, whichever they are."""
 
 
 class _EvaluateAll(Messenger):
@@ -85,7 +90,7 @@ class ReplicatedPotential:
         width: rows of a call, a multiple of R.
 
     Raises:
-        ModelError: the model cannot take batch dims left of its plates, or gives other numbers when it does.
+        NotAtOnceError: the model cannot take batch dims left of its plates, or gives other numbers when it does.
     """
 
     def __init__(
@@ -99,12 +104,13 @@ class ReplicatedPotential:
     ) -> None:
         first = potentials[0]
         self.model, self.args, self.kwargs, self.width = model, first.args, first.kwargs, width
-        self.potential, self.replicates = first, len(potentials)
+        self.potential, self.potentials, self.replicates = first, potentials, len(potentials)
+        self._python = threading.Lock()  # Pyro runs one model at a time
         self.plates = max((-dim for site in first.sites.values() for dim in site.plates), default=0)
         self.data = {name: self._aligned(name, value) for name, value in data.items()}
         self._graph: Any = None
         rows = probes[torch.arange(width, device=probes.device) // self.replicates % 2]
-        self._check(potentials, probes, rows)
+        self._check(probes, rows)
         if record:
             plain = lambda x: self._plain(x)  # noqa: E731 - the recorder counts arguments, and self as one
             self._graph = record_function(plain, (rows,), (rows.flip(0),))
@@ -130,7 +136,7 @@ class ReplicatedPotential:
                 self.model(*self.args, **self.kwargs)
             each = -torch.as_tensor(evaluation.total)
             if each.shape != (len(x) // self.replicates, self.replicates):
-                raise ModelError("the model does not keep batch dims left of its plates")
+                raise NotAtOnceError("the model does not keep batch dims left of its plates")
             return each.sum(), each.reshape(-1)
 
         slope, (_, value) = torch.func.grad_and_value(energy, has_aux=True)(vectors)
@@ -141,26 +147,43 @@ class ReplicatedPotential:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate ``width`` rows; NaN where there is no density."""
         with torch.no_grad():
-            value, slope = (self._graph or self._plain)(vectors)
+            try:
+                value, slope = (self._graph or self._plain)(vectors)
+            except NO_DENSITY:  # of one chain, but all were evaluated together
+                with self._python:
+                    value, slope = self._each(vectors)
         value = torch.where(value > -torch.inf, value, torch.nan)
         return value, slope, torch.zeros_like(value)
 
-    def _check(self, potentials: list[Potential], probes: Tensor, rows: Tensor) -> None:
+    def _each(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluate row by row."""
+        value, slope = torch.full_like(vectors[:, 0], torch.nan), torch.full_like(vectors, torch.nan)
+        for row, vector in enumerate(vectors):
+            potential = self.potentials[row % self.replicates]
+            try:
+                with torch.enable_grad():
+                    energy, gradient = potential.gradient(potential.unflatten(vector))
+            except NO_DENSITY:
+                continue
+            value[row], slope[row] = energy.detach(), potential.flatten(gradient).detach()
+        return value, slope
+
+    def _check(self, probes: Tensor, rows: Tensor) -> None:
         try:
             with torch.no_grad():
                 value, slope = self._plain(rows)
         except Exception as error:  # what a model may do with dims it did not expect has no one name
-            said = first_line(error) if isinstance(error, PirlError) else named_line(error)
-            raise ModelError(f"the model does not take many data sets at once: {said}") from error
+            said = first_line(error) if isinstance(error, PirlError) else f"{named_line(error)}{place_of(error)}"
+            raise NotAtOnceError(f"the model does not take many data sets at once: {said}") from error
         value, slope = (x.reshape(-1, self.replicates, *x.shape[1:])[:2] for x in (value, slope))
         tolerance = torch.finfo(rows.dtype).eps ** 0.6
-        for r, potential in enumerate(potentials):
+        for r, potential in enumerate(self.potentials):
             for c, point in enumerate(probes[: len(value)]):
                 energy, gradient = potential.gradient(potential.unflatten(point))
                 expected = torch.cat([energy.reshape(1), potential.flatten(gradient)])
                 found = torch.cat([value[c, r].reshape(1), slope[c, r]])
                 if not torch.allclose(found, expected, tolerance, tolerance):
-                    raise ModelError("the model gives other densities for many data sets at once than for one")
+                    raise NotAtOnceError("the model gives other densities for many data sets at once than for one")
 
 
 @dataclass(frozen=True)
@@ -211,7 +234,8 @@ def run_all(
         Of each replicate the draws ``[chain, draw, *shape]``, unconstrained.
 
     Raises:
-        ModelError: the model cannot take many data sets at once.
+        NotAtOnceError: the model cannot take many data sets at once.
+        ModelError: for these data sets no mode was found, or no point where all of them have a density.
         NonFiniteError: no starts where all replicates have a density.
         OptionError: an option is out of its range.
     """
