@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xarray
@@ -95,7 +96,15 @@ def main() -> None:
 def calibrated(engine: str, **options: Any) -> xarray.DataTree | None:
     """Seven replicates: of two ranks one has four, the other three."""
     sizes = {"num_chains": 2, "num_warmup": 10, "num_samples": 10, "num_draws": 19}
-    return pirl.calibrate(model, data(), engine=engine, num_replicates=7, seed=3, progress=False, **sizes, **options)
+    return pirl.calibrate(
+        model, data(), engine=engine, num_replicates=7, seed=3, progress=False, quantities={"q": picky}, **sizes,
+        **options,
+    )  # fmt: skip
+
+
+def picky(draws: dict[str, torch.Tensor], data: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A test quantity that some data sets have not."""
+    return draws["s"] * (torch.nan if int(1000 * data["y"].abs().sum()) % 3 == 2 else 1.0)
 
 
 def gather(counts: list[int]) -> None:
@@ -108,6 +117,7 @@ def gather(counts: list[int]) -> None:
     assert torch.equal(found, whole)
     assert ranks.any(ranks.rank == 1, False) == (ranks.size > 1, False)
     assert ranks.agree(7) and not ranks.agree(ranks.rank)
+    assert ranks.gather_text("é" * ranks.rank) == ["é" * rank for rank in range(ranks.size)]
     assert join(torch.device("cpu")) == ranks
 
 
@@ -168,6 +178,10 @@ def test_replicates_of_a_calibration_do_not_depend_on_the_number_of_ranks(tmp_pa
     assert alone is not None
     for group in ("ranks", "prior", "recovery", "prior_sbc"):
         assert found[group].to_dataset().equals(alone[group].to_dataset())
+    # Reasons of all processes, in the order of the replicates.
+    assert found.attrs["failures"] == alone.attrs["failures"]
+    failed = np.flatnonzero(alone["sample_stats"]["failed"].values[0])
+    assert any(failed % 2) and not all(failed % 2), failed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["study.ckpt.0", "study.ckpt.1", "study.nc"]
 
 
