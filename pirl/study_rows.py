@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from pirl.errors import (
     CheckpointError,
     CheckpointWarning,
     InterruptedWarning,
+    ModelError,
     OptionError,
     PirlError,
     first_line,
@@ -40,6 +41,14 @@ COLUMNS = 4 + len(QUANTILES)
 """Numbers that are kept of each element of a quantity: rank, truth, mean, sd, quantiles."""
 
 
+class _Tail(NamedTuple):
+    """The batch that was made last: where it starts, of how many, and whether they are made one by one."""
+
+    start: int = 0
+    size: int = 0
+    alone: bool = False
+
+
 class Rows:
     """What replicates found, a row of numbers each: this process's own, and those of all at the end.
 
@@ -55,13 +64,13 @@ class Rows:
         self.done: list[np.ndarray] = []
         self.spare: list[np.ndarray] = []
         """What a file has of a study of more replicates, which it keeps."""
+        self.ways: list[bool] = []
+        """Of each that is done, whether it was sampled by itself."""
         self.reasons: dict[int, str] = {}
-        self.together = self.apart = False
-        """Whether some were sampled at once, and some one by one."""
+        """Of those that failed, why."""
         self.why_apart = ""
-        """Why the model cannot be sampled at once."""
-        self.alone_until = 0
-        """Replicates before this one are made one by one: their batch could not be sampled at once."""
+        """Why some were sampled by themselves, though others were to be sampled with them."""
+        self.tail = _Tail()
         self.unsaved = False
 
     def fill(
@@ -92,15 +101,21 @@ class Rows:
         bar = progress_bar("calibrate", len(self.numbers), visible)
         with bar as update, _leaving_in_order(checkpoint is not None):
             try:
-                while missing := self.numbers[len(self.done) :][: self.batch]:
-                    # The last of a batch is done when all of them are compared with their truths.
-                    before, last = len(self.done), len(self.done) + len(missing) - 1
-                    shown = lambda share: update(min(before + share * len(missing), last), "")  # noqa: B023, E731
-                    alone = len(missing) == 1 or before < self.alone_until
-                    if alone or not self._add_all(many, missing, shown):
-                        self.apart = True
-                        self._add(missing[0], partial(one, missing[0]))
-                    update(len(self.done), f"{len(self.reasons)} failed" if self.reasons else "")
+                while (before := len(self.done)) < len(self.numbers):
+                    start = before // self.batch * self.batch
+                    whole = self.numbers[start : start + self.batch]
+                    if self.tail[:2] != (start, len(whole)):
+                        self.tail = _Tail(start, len(whole), alone=len(whole) == 1)
+                    if not self.tail.alone:
+                        # The last of a batch is done when all of them are compared with their truths.
+                        last = before + len(whole) - 1
+                        shown = lambda share: update(min(before + share * len(whole), last), "")  # noqa: B023, E731
+                        self._add_all(many, whole, shown)
+                    else:
+                        number = self.numbers[before]
+                        self._append([self._row(number, partial(one, number))], alone=True)
+                    failed = sum(bool(row[-1]) for row in self.done)
+                    update(len(self.done), f"{failed} failed" if failed else "")
                     self._save(checkpoint)
             except KeyboardInterrupt:
                 if not self.done:
@@ -132,48 +147,58 @@ class Rows:
         many: Callable[[Sequence[int], Callable[[float], None]], list[Callable[[], Comparison]]],
         numbers: Sequence[int],
         shown: Callable[[float], None],
-    ) -> bool:
-        """Make replicates at once; False where that cannot be done, of these data sets or of any."""
+    ) -> None:
+        """Make replicates at once; or, where that cannot be done, have them made one by one."""
         try:
             compared = many(numbers, shown)
-        except NotAtOnceError as error:
-            if self.must and not self.done:
-                raise NotAtOnceError(f"{error}; with batch=1 replicates are sampled one by one") from error
-            self.batch, self.why_apart = 1, first_line(error)  # those that follow go the same way
-            return False
-        except (PirlError, *NO_DENSITY):  # one of them has no start, say: by itself it fails by itself
-            self.alone_until = len(self.done) + len(numbers)
-            return False
-        self.together = True
-        for number, found in zip(numbers, compared, strict=True):
-            self._add(number, found)
-        return True
-
-    def _add(self, number: int, one: Callable[[], Comparison]) -> None:
-        try:
-            self._keep(one())
+        except OptionError:
+            raise
         except (PirlError, *NO_DENSITY) as error:
-            if not self.done:  # as the others will
-                raise
-            self.reasons[number] = first_line(error)
-            self._append(np.append(np.full(len(self.done[0]) - 1, np.nan), 1.0))
+            reason = first_line(error)
+            if self.must and not self.done:
+                kind = type(error) if isinstance(error, ModelError) else ModelError
+                raise kind(f"{reason}; with batch=1 replicates are sampled one by one") from error
+            self.why_apart = self.why_apart or reason
+            self.spare = []  # of a batch that was made otherwise
+            if isinstance(error, NotAtOnceError):
+                self.batch = 1  # of others, too
+            else:  # one of them has no start, say: by itself it fails by itself
+                self.tail = self.tail._replace(alone=True)
+            return
+        self._append([self._row(*each) for each in zip(numbers, compared, strict=True)], alone=False)
 
-    def _append(self, row: np.ndarray) -> None:
-        self.done.append(row)
-        self.spare = self.spare[1:]
+    def _row(self, number: int, one: Callable[[], Comparison]) -> np.ndarray | Exception:
+        """What a replicate found, or why it failed."""
+        try:
+            row = self._numbers_of(one())
+        except (PirlError, *NO_DENSITY) as error:
+            self.reasons[number] = first_line(error)
+            return error
+        self.reasons.pop(number, None)  # of the same one, otherwise made
+        return row
+
+    def _append(self, rows: Sequence[np.ndarray | Exception], alone: bool) -> None:
+        """Keep what was made; where all failed from the first on, as the others will, raise the first reason."""
+        known = next((row for row in [*self.done, *rows] if isinstance(row, np.ndarray)), None)
+        if known is None:
+            raise next(row for row in rows if isinstance(row, Exception))
+        failed = np.append(np.full(len(known) - 1, np.nan), 1.0)
+        self.done += [row if isinstance(row, np.ndarray) else failed for row in rows]
+        self.ways += [alone] * len(rows)
+        self.spare = self.spare[len(rows) :]
         self.unsaved = True
 
-    def _keep(self, found: Comparison) -> None:
+    def _numbers_of(self, found: Comparison) -> np.ndarray:
+        """A row; all have the same quantities, of the same shapes."""
         shapes = {name: x.truth.shape for name, x in found.quantities.items()}
-        if not self.done:
-            self.shapes = shapes
+        self.shapes = self.shapes or shapes
         if shapes != self.shapes:
             name = next(iter({**self.shapes, **shapes}.items() - self.shapes.items()), (next(iter(shapes)), ()))[0]
             raise OptionError(f"quantity {name!r} has shape {shapes.get(name)} for one data set and another for others")
         # By name: files and processes may have been asked for quantities in other orders.
         ordered = [found.quantities[name] for name in sorted(self.shapes)]
         columns = [column.reshape(-1).astype(float) for x in ordered for column in x]
-        self._append(np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]]))
+        return np.concatenate([*columns, [found.ess, found.rhat, found.divergences, 0.0]])
 
     def _open(
         self, path: str | os.PathLike[str] | None, identity: Mapping[str, Any], numbers: Sequence[float]
@@ -187,29 +212,36 @@ class Rows:
             told = json.loads(arrays["layout"].item())
             self.shapes = {name: tuple(shape) for name, shape in told["shapes"].items()}
             self.batch = min(self.batch, told["batch"])
-            self.together, self.apart, self.why_apart = told["together"], told["apart"], told["why_apart"]
-            self.alone_until = told["alone_until"]
+            self.why_apart, self.tail = told["why_apart"], _Tail(*told["tail"])
             saved = len(arrays["rows"])
-            # Of a study that ended within a batch, a longer one makes that batch anew, as a whole.
-            whole = saved >= len(self.numbers) or saved < self.alone_until
-            kept = min(saved, len(self.numbers)) if whole else saved // self.batch * self.batch
+            kept = len(self.numbers) if saved >= len(self.numbers) else self._whole(saved)
             self.done, self.spare = list(arrays["rows"][:kept]), list(arrays["rows"][kept:])
+            self.ways = told["ways"][:kept]
             self.reasons = {int(number): reason for number, reason in told["reasons"].items()}
         return checkpoint
 
+    def _whole(self, saved: int) -> int:
+        """How many of the rows that were saved stay: all, but for those of a batch that is larger now, or not whole."""
+        start = max(saved - 1, 0) // self.batch * self.batch
+        size = min(self.batch, len(self.numbers) - start)
+        goes_on = self.tail == _Tail(start, size, alone=True)
+        return saved if goes_on or saved - start == self.batch else start
+
     def _arrays(self) -> Arrays:
-        ways = {name: getattr(self, name) for name in ("batch", "together", "apart", "why_apart", "alone_until")}
-        layout = json.dumps({"shapes": self.shapes, "reasons": self.reasons, **ways})
+        known = {name: getattr(self, name) for name in ("shapes", "reasons", "batch", "ways", "why_apart", "tail")}
+        layout = json.dumps(known)
         rows = np.stack([*self.done, *self.spare])
         return {"step": np.array(len(rows)), "rows": rows, "layout": np.array(layout)}
 
     def gathered(self) -> Float[np.ndarray, "R width"]:
-        """The rows of all processes, in the order of the replicates; from then on reasons and ways are those of all."""
-        self.together, self.apart = self.ranks.any(self.together, self.apart)
-        told = [json.loads(text) for text in self.ranks.gather_text(json.dumps([self.why_apart, self.reasons]))]
+        """The rows of all processes, in the order of the replicates; from then on the reasons are those of all, too."""
+        failed = {number for number, row in zip(self.numbers, self.done, strict=False) if row[-1]}
+        ours = {number: reason for number, reason in self.reasons.items() if number in failed}
+        told = [json.loads(text) for text in self.ranks.gather_text(json.dumps([self.why_apart, ours]))]
         self.why_apart = next((why for why, _ in told if why), "")
         reasons = {int(number): said for _, theirs in told for number, said in theirs.items()}
         self.reasons = dict(sorted(reasons.items()))
+        self.together, self.apart = self.ranks.any(not all(self.ways), any(self.ways))
         whole = len(range(0, self.num_replicates, self.ranks.size))
         own = torch.full((whole, len(self.done[0])), torch.nan, dtype=torch.float64, device="cpu")
         own[: len(self.done)] = torch.from_numpy(np.stack(self.done))

@@ -36,6 +36,9 @@ APPROXIMATE = ("laplace", "svi")
 NARROW = 0.5
 """Contraction above which a posterior claims that the data tell of a parameter."""
 
+UNTOLD = 0.2
+"""Correlation of truths and posterior means below which data tell little, where replicates are enough to know it."""
+
 MOST_NAMED = 20
 
 FEW_DRAWS, BAD_RHAT, OFTEN, MOSTLY = 0.5, 1.1, 0.05, 0.5
@@ -263,15 +266,14 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         lines = [f"Nothing leaves its band, but {many} tell too little: make {FEWEST} at least."]
     elif max(few, torn, unknown) > MOSTLY:
         lines = [
-            f"Nothing leaves its band, but most of the {count} posteriors are of chains that are too short, and so is "
-            "any judgement of them:"
+            f"Nothing leaves its band, which says little of {count} replicates: most of their chains are too short, "
+            "disagree, or tell nothing of themselves."
         ]
     else:
         lines = [
             f"Calibrated{on_whole}, as far as {count} replicates can tell: the ranks of {len(found)} quantities stay "
             f"in their band (shares are known to +-{margin:.2f})."
         ]
-    lines += _untold(study, found, count)
     if not lived.all():
         why = f": {study.attrs['failures']}" if "failures" in study.attrs else ""
         lines.append(f"{int((~lived).sum())} of {len(lived)} replicates failed{why}.")
@@ -289,8 +291,10 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         lines.append(
             f"Of {unknown:.0%} of the posteriors R-hat is unknown: draws that never change, or fewer than 4 a chain."
         )
+    lines += _untold(study, found, count)
     if "sampled_one_by_one" in study.attrs:
-        lines.append(f"Replicates were sampled one by one, which is slower: {study.attrs['sampled_one_by_one']}.")
+        which = "Some replicates" if "many" in str(study.attrs.get("sampler")) else "Replicates"
+        lines.append(f"{which} were sampled one by one, which is slower: {study.attrs['sampled_one_by_one']}.")
     diverging = float((stats["divergences"][lived] > 0).mean())
     if diverging > OFTEN:
         lines.append(f"{diverging:.0%} of the posteriors have divergent transitions.")
@@ -301,28 +305,31 @@ def _untold(study: xarray.DataTree, found: pandas.DataFrame, count: int) -> list
     """Which truths posterior means do not follow: because data tell nothing of them, or because they are not theirs."""
     if count < FEWEST:
         return []
-    follows = np.concatenate([_rank_correlation(truth, mean) for _, truth, mean, _ in _recovered(study)])
-    # What so many replicates cannot tell from none at all, whether relations are linear or not.
-    most = np.fmax(np.abs(follows), found["correlation"].abs().fillna(0.0))
-    lost = found[most < 2 / np.sqrt(count)].drop(index=LOG_LIKELIHOOD, errors="ignore")
+    parts = list(_recovered(study))
+    follows = np.concatenate([_rank_correlation(truth, mean) for _, truth, mean, _ in parts])
+    varies = np.concatenate([truth.max(0) > truth.min(0) for _, truth, _, _ in parts])
+    # What so many replicates cannot tell from none at all, whether relations are linear or not; of many, what is small.
+    limit = max(2 / np.sqrt(count), UNTOLD)
+    most = np.fmax(np.nan_to_num(np.abs(follows)), found["correlation"].abs().fillna(0.0))
+    lost = found[varies & (most < limit)].drop(index=LOG_LIKELIHOOD, errors="ignore")
     narrow = [str(name) for name in lost.index[lost["contraction"] > NARROW]]
     wide = [str(name) for name in lost.index if name not in narrow]
     lines = []
     if wide:
         lines.append(
-            f"Of {_some(wide)} the data tell little, as far as so many replicates show: posterior means "
-            "hardly follow the truth."
+            f"Of {_some(wide)} the data tell little, as far as {count} replicates show: posterior means hardly follow "
+            "the truth."
         )
     if narrow:
-        source = f"what {study.attrs['draw_data']} draws" if "draw_data" in study.attrs else "data and model"
+        source = f"what {study.attrs['draw_data']} draws depends" if "draw_data" in study.attrs else "data depend"
         lines.append(
-            f"Posteriors of {_some(narrow)} are narrow and do not follow the truth: see whether {source} depend on it."
+            f"Posteriors of {_some(narrow)} are narrow and do not follow the truth: see whether {source} on it."
         )
     return lines
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} others" if len(names) > MOST_NAMED else ""
+    more = f" and {counted(len(names) - MOST_NAMED, 'other')}" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more
 
 

@@ -18,12 +18,15 @@ from pirl.quantities import quantities_at
 from pirl.replicates import Study
 
 
-def on_grid(study: Study, number: int, site: str, points: Float[Tensor, "G size"]) -> dict[str, np.ndarray]:
+def on_grid(
+    study: Study, number: int, site: str, points: Float[Tensor, "G size"], step: float
+) -> dict[str, np.ndarray]:
     """u of each test quantity, by its name, for the truth of a replicate: by the density at evenly spaced points.
 
     Args:
         site: the only latent site, whose support is the real vectors.
         points: as many of the posterior as matter, on a grid whose place is random.
+        step: between neighbours; a point stands for the cell around it.
     """
     truth = study.draw(number)
     potential = study.potential(truth)
@@ -33,7 +36,10 @@ def on_grid(study: Study, number: int, site: str, points: Float[Tensor, "G size"
     weights = torch.softmax(flat["stats"]["lp"][1:], dim=0)
     found = {}
     for name, values in quantities_at(potential, flat, {}):
-        less = (values[1:] < values[0]).double() + 0.5 * (values[1:] == values[0]).double()
+        if name == site:
+            less = ((values[0] - values[1:]) / step + 0.5).clamp(0.0, 1.0)
+        else:
+            less = (values[1:] < values[0]).double() + 0.5 * (values[1:] == values[0]).double()
         found[name] = torch.tensordot(weights, less, dims=1).numpy()
     return found
 

@@ -73,7 +73,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 MOST = 4.5
-"""Standard score that fails a test: of 2 x 4 in each case, sound engines reach it in one of 18,000 seeds."""
+"""Standard score that fails a test. Of 2 x 4 in each case normal ones reach it in one of 18,000 seeds; those here are
+somewhat wider, as places on the grid and the inflation by autocorrelation are rough."""
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def corridor_places(args: tuple[Any, ...], count: int) -> np.ndarray:
         step = 8 / 60
         for number, shift in enumerate(np.random.default_rng(1).random((count, 2)) * step):
             axes = [torch.arange(61) * step - 4 - step / 2 + float(x) for x in shift]
-            u = on_grid(known, number, "weights", torch.cartesian_prod(*axes))
+            u = on_grid(known, number, "weights", torch.cartesian_prod(*axes), step)
             rows.append(np.concatenate([np.ravel(u[name]) for name in ("weights", "log_likelihood", "return_gap")]))
     return np.stack(rows)
 

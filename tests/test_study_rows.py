@@ -293,8 +293,12 @@ def cornered(data: Tensor) -> None:
 PAIRS = torch.zeros(6, 2, dtype=torch.float64)
 
 
-def test_where_one_of_many_has_no_density_the_others_have_theirs() -> None:
+@pytest.mark.parametrize("halvings", [100, 2])
+def test_where_one_of_many_has_no_density_the_others_have_theirs(
+    monkeypatch: pytest.MonkeyPatch, halvings: int
+) -> None:
     """Torch stops where one of a batch of matrices has no factor."""
+    monkeypatch.setattr("pirl.infer.replicated.MOST_HALVINGS", halvings)
     with Setting.of((PAIRS,), {}).entered(), pyro.validation_enabled(False):
         potentials, data = stacked(cornered, (PAIRS,), 3)
         target = ReplicatedPotential(potentials, cornered, data, torch.tensor([[0.1], [-0.3]]), width=6)
@@ -357,7 +361,7 @@ def test_a_batch_without_starts_is_sampled_one_by_one_and_the_next_at_once(monke
     assert not study["sample_stats"]["failed"].values.any()
 
 
-def test_a_study_knows_itself_where_the_model_has_no_density_in_many_places(tmp_path: Path) -> None:
+def test_runs_know_themselves_where_the_model_has_no_density_in_many_places(tmp_path: Path) -> None:
     def picky(data: Tensor, scale: float) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         if float(mu.detach().abs()) < 1.2:  # around 0, where others are told apart
@@ -372,3 +376,69 @@ def test_a_study_knows_itself_where_the_model_has_no_density_in_many_places(tmp_
         pirl.calibrate(picky, DATA, 0.5, num_replicates=2, checkpoint=path, **sizes)
         with pytest.raises(CheckpointError, match="another"):
             pirl.calibrate(picky, DATA, 50.0, num_replicates=4, checkpoint=path, **sizes)
+    # A fit has nothing but the density at some point to know its data by.
+    path = tmp_path / "fit.ckpt"
+    options = {"engine": "nuts", "num_warmup": 5, "num_samples": 5, "num_prior": 0, "num_posterior_predictive": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pirl.fit(picky, DATA, 0.5, checkpoint=path, progress=False, seed=1, **options)
+        with pytest.raises(CheckpointError, match="another"):
+            pirl.fit(picky, DATA, 50.0, checkpoint=path, progress=False, seed=1, **options)
+
+
+def data_of(number: int) -> Tensor:
+    """The data of a replicate of a study of :func:`normal` with seed 0."""
+    with Setting.of((DATA,), {}).entered():
+        return Study(normal, Setting.of((DATA,), {})).draw(number).data["x"]
+
+
+@pytest.mark.parametrize("stops", [None, 3, 5])
+def test_more_replicates_are_those_of_a_longer_study_whatever_could_not_be_sampled_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stops: int | None
+) -> None:
+    """With the sixth data set four cannot be sampled at once; but two can, which the first study has at its end."""
+    sixth, calls = data_of(5), list[int]()
+
+    def picky(potentials: list[Potential], model: Any, data: dict[str, Tensor], **options: Any) -> Any:
+        if len(potentials) == 4 and (data["x"] == sixth).all(-1).any():
+            raise NonFiniteError("no start")
+        return run_all(potentials, model, data, **options)
+
+    own = Study.compare
+
+    def compare(self: Study, number: int, *rest: Any) -> Any:
+        calls.append(number)
+        if stops is not None and len(calls) == 6 + stops:
+            raise KeyboardInterrupt
+        return own(self, number, *rest)
+
+    monkeypatch.setattr(module, "run_all", picky)
+    sizes: dict[str, Any] = {"num_chains": 4, "num_warmup": 20, "num_samples": 30, "num_draws": 19, "batch": 4}
+    sizes |= {"progress": False, "seed": 0}
+    whole = pirl.calibrate(normal, DATA, num_replicates=10, **sizes)
+    path = tmp_path / "study.ckpt"
+    pirl.calibrate(normal, DATA, num_replicates=6, checkpoint=path, **sizes)
+    if stops is not None:
+        calls[:] = range(6)
+        monkeypatch.setattr(Study, "compare", compare)
+        with pytest.warns(InterruptedWarning):
+            pirl.calibrate(normal, DATA, num_replicates=10, checkpoint=path, **sizes)
+    found = pirl.calibrate(normal, DATA, num_replicates=10, checkpoint=path, **sizes)
+    for group in ("ranks", "recovery", "sample_stats"):
+        assert found[group].to_dataset().equals(whole[group].to_dataset())
+    assert found.attrs["sampler"] == whole.attrs["sampler"]
+    assert found.attrs["sampled_one_by_one"] == "no start"
+
+
+def test_the_first_replicate_of_a_batch_may_fail_as_others_do() -> None:
+    sizes = {"num_chains": 4, "num_warmup": 20, "num_samples": 30, "num_draws": 19, "num_replicates": 4}
+    first = data_of(0)
+
+    def quantity(draws: dict[str, Tensor], data: dict[str, Tensor]) -> Tensor:
+        return draws["mu"] * (torch.nan if data["x"].equal(first) else 1.0)
+
+    study = pirl.calibrate(normal, DATA, batch=4, progress=False, quantities={"q": quantity}, **sizes)
+    assert study["sample_stats"]["failed"].values[0].tolist() == [1, 0, 0, 0]
+    assert study.attrs["failures"].startswith("replicate 0: test quantity 'q' is not finite")
+    with pytest.raises(ModelError, match="not finite"):
+        pirl.calibrate(normal, DATA, batch=1, progress=False, quantities={"q": quantity}, **sizes)

@@ -151,7 +151,8 @@ def _probe(potential: Potential) -> np.ndarray:
     """The density and its gradient at the first of some points where there is one; empty where there is none at all."""
     for number in range(PROBES):
         numbers = random_numbers(0, STARTS, 1 + number)
-        point = torch.from_numpy(numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
+        wide = 1 + number / 4  # where there is none nearby, further out
+        point = torch.from_numpy(wide * numbers.uniform(-1.0, 1.0, (potential.size,))).to(torch.empty(0))
         try:
             energy, slopes = potential.gradient(potential.unflatten(point))
         except NO_DENSITY:

@@ -37,6 +37,8 @@ WIDTH = 1024
 """Chains of a block, of all replicates: each call has to look up the counts of all of them, however many chains."""
 
 MOST_LEAPFROGS = 200
+MOST_HALVINGS = 100
+"""Calls in which rows without a density are looked for among many, before the rest is evaluated row by row."""
 START_ATTEMPTS = 100
 SLOW = 0.1
 """Share of replicates that may move less far than they should: how many steps are made is for all of them to share,
@@ -109,11 +111,11 @@ class ReplicatedPotential:
         self.plates = max((-dim for site in first.sites.values() for dim in site.plates), default=0)
         self.data = {name: self._aligned(name, value) for name, value in data.items()}
         self._graph: Any = None
-        rows = probes[torch.arange(width, device=probes.device) // self.replicates % 2]
-        self._check(probes, rows)
+        self._good = probes[torch.arange(width, device=probes.device) // self.replicates % 2]
+        self._check(probes, self._good)
         if record:
             plain = lambda x: self._plain(x)  # noqa: E731 - the recorder counts arguments, and self as one
-            self._graph = record_function(plain, (rows,), (rows.flip(0),))
+            self._graph = record_function(plain, (self._good,), (self._good.flip(0),))
 
     @property
     def recorded(self) -> bool:
@@ -151,14 +153,28 @@ class ReplicatedPotential:
                 value, slope = (self._graph or self._plain)(vectors)
             except NO_DENSITY:  # of one chain, but all were evaluated together
                 with self._python:
-                    value, slope = self._each(vectors)
+                    value, slope = self._by_halves(vectors)
         value = torch.where(value > -torch.inf, value, torch.nan)
         return value, slope, torch.zeros_like(value)
 
-    def _each(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate row by row."""
+    def _by_halves(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Find rows without a density among others by some calls each; where there are many, go row by row."""
         value, slope = torch.full_like(vectors[:, 0], torch.nan), torch.full_like(vectors, torch.nan)
-        for row, vector in enumerate(vectors):
+        left = list(torch.arange(self.width, device=vectors.device).chunk(2))
+        for _ in range(MOST_HALVINGS):
+            if not left:
+                break
+            some = left.pop()
+            rows = self._good.clone()
+            rows[some] = vectors[some]
+            try:
+                found = (self._graph or self._plain)(rows)
+            except NO_DENSITY:
+                left += some.chunk(2) if len(some) > 1 else []
+                continue
+            value[some], slope[some] = (x[some] for x in found)
+        for row in torch.cat(left).tolist() if left else []:
+            vector = vectors[row]
             potential = self.potentials[row % self.replicates]
             try:
                 with torch.enable_grad():

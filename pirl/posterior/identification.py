@@ -15,6 +15,7 @@ from torch import Tensor
 from pirl.convergence import ess_bulk, rhat
 from pirl.errors import PirlError, named_line
 from pirl.identify import Identification, unidentified
+from pirl.infer.user_errors import NO_DENSITY
 from pirl.mdp import TabularMDP
 from pirl.posterior.draws import BLOCK, trajectory_laws
 
@@ -58,21 +59,23 @@ def identified(
     flat = torch.cat([draws[name].reshape(*draws[name].shape[:2], -1) for name in names], -1)  # [chain, draw, P]
     known: dict[str, Identification] = {}
 
+    def laws_at(vector: Tensor) -> dict[str, Any]:
+        parts = vector.split([shape.numel() for shape in shapes])
+        draw = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return trajectory_laws(model, args, kwargs, draw)
+
     def visible(vector: Tensor) -> Tensor:
         """The canonical reward, of all sites, at one vector of parameters."""
-        parts = vector.split([shape.numel() for shape in shapes])
-        laws = trajectory_laws(
-            model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, parts, shapes, strict=True)}
-        )
-        return torch.cat([known[name].identified(law.reward).flatten() for name, law in laws.items()])
+        return torch.cat([known[name].identified(law.reward).flatten() for name, law in laws_at(vector).items()])
 
-    mean = flat.mean((0, 1))
+    point = flat.mean((0, 1))
     try:
         with torch.no_grad():
-            start = mean.split([shape.numel() for shape in shapes])
-            laws = trajectory_laws(
-                model, args, kwargs, {n: x.reshape(s) for n, x, s in zip(names, start, shapes, strict=True)}
-            )
+            try:
+                laws = laws_at(point)
+            except NO_DENSITY:  # between draws there may be none
+                point = flat[0, 0]
+                laws = laws_at(point)
             if not laws:
                 return ""
             if flat.shape[-1] > _MOST_PARAMETERS:
@@ -88,7 +91,7 @@ def identified(
                 starts = "drawn" if law.starts is None else "given"
                 own = [law.mdp] if law.horizons is None else _with_horizons(law.mdp, law.horizons)
                 known[name] = unidentified(own, reading=law.reading, stopping=law.stopping, starts=starts)
-            slope, elsewhere = _jacobian(visible, mean), _jacobian(visible, flat[0, -1])
+            slope, elsewhere = _jacobian(visible, point), _jacobian(visible, flat[0, -1])
             prior = _prior_covariance(_prior_draws(model, args, kwargs, names, _PRIOR_DRAWS).to(flat))
     except (RuntimeError, NotImplementedError, PirlError) as error:
         return named_line(error)
@@ -98,7 +101,7 @@ def identified(
     share = _prior_share(prior, axes[:rank] / spread)
     parts = share.split([shape.numel() for shape in shapes])
     if torch.allclose(slope, elsewhere, rtol=rounding, atol=rounding * float(slope.abs().amax())):
-        quantities = ((flat - mean) / spread) @ axes[:rank].mT
+        quantities = ((flat - point) / spread) @ axes[:rank].mT
     else:
         with torch.no_grad():
             values = torch.func.vmap(visible, chunk_size=BLOCK)(flat.flatten(0, 1))
