@@ -83,6 +83,16 @@ def hierarchy(data: Tensor) -> None:
             pyro.sample("x", dist.Normal(mu, 0.7), obs=data)
 
 
+def vectors(data: Tensor) -> None:
+    """A hierarchy of vectors, as the README writes it."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("group", len(data)):
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        weights = mean + scale[..., None] * offset
+        pyro.sample("x", dist.Normal(weights, SCALE).to_event(1), obs=data)
+
+
 def problem(reading: str) -> tuple[Any, ...]:
     mdp = gridworld(3, 3, slip=0.2, horizon=5)
     features = gridworld_features(3, 3, num_features=2)
@@ -106,9 +116,13 @@ def stacked(model: Any, args: tuple[Any, ...], count: int) -> tuple[list[Potenti
     return [study.potential(truth) for truth in truths], data
 
 
-@pytest.mark.parametrize("case", ["hierarchy", "causal", "trajectory"])
+@pytest.mark.parametrize("case", ["hierarchy", "vectors", "causal", "trajectory"])
 def test_at_once_equals_one_by_one(case: str) -> None:
-    model, *args = (hierarchy, torch.zeros(5, 3, dtype=torch.float64)) if case == "hierarchy" else problem(case)
+    made_up: dict[str, Any] = {
+        "hierarchy": (hierarchy, DATA.new_zeros(5, 3)),
+        "vectors": (vectors, DATA.new_zeros(5, 2)),
+    }
+    model, *args = made_up[case] if case in made_up else problem(case)
     with Setting.of(args, {}).entered(), pyro.validation_enabled(False):
         potentials, data = stacked(model, tuple(args), 4)
         probes = torch.stack([potentials[0].flatten(potentials[0].prior_draw()) for _ in range(2)])
