@@ -1,4 +1,4 @@
-"""The full form: ``python -m tests.fuzz [SEED] [pytest's options]`` runs 13,000 cases and says how many of each."""
+"""The full form: ``python -m tests.fuzz [SEED] [pytest's options]`` runs 11,700 cases and says how many of each."""
 
 from __future__ import annotations
 
