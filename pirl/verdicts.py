@@ -293,8 +293,8 @@ def words(study: xarray.DataTree, found: pandas.DataFrame) -> list[str]:
         )
     lines += _untold(study, found, count)
     if "sampled_one_by_one" in study.attrs:
-        which = "Some replicates" if "many" in str(study.attrs.get("sampler")) else "Replicates"
-        lines.append(f"{which} were sampled one by one, which is slower: {study.attrs['sampled_one_by_one']}.")
+        why = study.attrs["sampled_one_by_one"]
+        lines.append(f"Not all replicates could be sampled at once, which is faster: {why}.")
     diverging = float((stats["divergences"][lived] > 0).mean())
     if diverging > OFTEN:
         lines.append(f"{diverging:.0%} of the posteriors have divergent transitions.")
